@@ -1,0 +1,119 @@
+"""Pure tensor functions on point clouds: normalise, farthest point sampling, nearest neighbours, grouping.
+
+Letters: B batch, N points, G groups, K neighbours. Points hold xyz in their first three columns; what follows (colour)
+is carried along. Everything is deterministic: sampling starts at point 0 unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pointalign.errors import DataError
+
+
+def normalize_point_cloud(points: Tensor) -> Tensor:
+    """Centre xyz on its mean and scale it into the unit ball; other columns stay as they are.
+
+    A cloud whose points all coincide becomes all zeros.
+
+    Args:
+        points: (..., N, C) with C >= 3 and N >= 1, finite.
+
+    Returns:
+        A new tensor of the same shape and dtype; the farthest point lies at distance 1 from the origin.
+
+    Source: PointLLM (arXiv 2308.16911), the preprocessing that PointAlign's input inherits.
+    """
+    xyz = points[..., :3]
+    xyz = xyz - xyz.mean(dim=-2, keepdim=True)
+    radius = xyz.norm(dim=-1).amax(dim=-1, keepdim=True).unsqueeze(-1)
+    xyz = xyz / torch.where(radius > 0, radius, torch.ones_like(radius))
+    return torch.cat([xyz, points[..., 3:]], dim=-1)
+
+
+def farthest_point_sample(xyz: Tensor, num_samples: int, start: int = 0) -> Tensor:
+    """Choose points one by one, each the farthest from those already chosen.
+
+    Any prefix of the result is itself a farthest point sample. No point is chosen twice, also when points coincide;
+    of equally far points the one with the lowest index is taken.
+
+    Args:
+        xyz: (B, N, 3) coordinates.
+        num_samples: how many to choose, 1 <= num_samples <= N.
+        start: index of the first chosen point. The released code starts at a random point, so that the same cloud
+            gives different tokens each time; a fixed start makes the encoder a function of the cloud.
+
+    Returns:
+        (B, num_samples) int64 indices into N, in the order of choice.
+
+    Raises:
+        DataError: when num_samples is not between 1 and N.
+
+    Source: Eldar et al. 1997, "The farthest point strategy"; grouping step of Point-BERT (arXiv 2111.14819), section 3.1.
+    """
+    batch, count = xyz.shape[:2]
+    if not 1 <= num_samples <= count:
+        raise DataError(f"cannot choose {num_samples} farthest points from a cloud of {count}; give a larger cloud")
+    columns = xyz.transpose(1, 2).contiguous()
+    chosen = torch.full((batch, num_samples), start, dtype=torch.long, device=xyz.device)
+    nearest = torch.full((batch, count), torch.inf, dtype=xyz.dtype, device=xyz.device)
+    current = chosen[:, :1]
+    for i in range(1, num_samples):
+        centre = columns.gather(2, current.unsqueeze(1).expand(-1, 3, -1))
+        nearest = torch.minimum(nearest, (columns - centre).square_().sum(dim=1))
+        nearest.scatter_(1, current, -1.0)
+        current = nearest.argmax(dim=1, keepdim=True)
+        chosen[:, i : i + 1] = current
+    return chosen
+
+
+def k_nearest_neighbors(queries: Tensor, xyz: Tensor, k: int) -> Tensor:
+    """Indices of the k points nearest to each query, nearest first.
+
+    Distances are taken by differences, not by the expanded square, so that near points are not confused by rounding.
+
+    Args:
+        queries: (B, G, 3).
+        xyz: (B, N, 3) with N >= k.
+        k: number of neighbours; a query that is itself a point counts as its own neighbour.
+
+    Returns:
+        (B, G, k) int64 indices into N.
+
+    Raises:
+        DataError: when the cloud has fewer than k points.
+    """
+    if not 1 <= k <= xyz.shape[1]:
+        raise DataError(f"cannot find {k} neighbours in a cloud of {xyz.shape[1]} points; give a larger cloud")
+    distances = torch.cdist(queries.float(), xyz.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.topk(k, dim=-1, largest=False, sorted=True).indices
+
+
+def gather_points(points: Tensor, indices: Tensor) -> Tensor:
+    """Pick rows of each cloud: points (B, N, C) and indices (B, ...) give (B, ..., C)."""
+    flat = indices.reshape(indices.shape[0], -1, 1).expand(-1, -1, points.shape[-1])
+    return points.gather(1, flat).reshape(*indices.shape, points.shape[-1])
+
+
+def group_points(points: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Cut each cloud into overlapping local groups around farthest points.
+
+    Args:
+        points: (B, N, C) with C >= 3.
+        num_groups: G, the number of centres (512 at paper scale).
+        group_size: K, the neighbours of each centre (32 at paper scale).
+
+    Returns:
+        groups (B, G, K, C) with xyz relative to the centre and the other columns kept, and centers (B, G, 3).
+
+    Raises:
+        DataError: when a cloud has fewer than max(G, K) points.
+
+    Source: Point-BERT (arXiv 2111.14819), section 3.1; constants from PointAlign (arXiv 2603.00412).
+    """
+    xyz = points[..., :3]
+    centers = gather_points(xyz, farthest_point_sample(xyz, num_groups))
+    groups = gather_points(points, k_nearest_neighbors(centers, xyz, group_size))
+    relative = groups[..., :3] - centers.unsqueeze(2)
+    return torch.cat([relative, groups[..., 3:]], dim=-1), centers

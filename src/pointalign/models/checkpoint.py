@@ -1,0 +1,214 @@
+"""How a model becomes a folder and a folder a model: own weights, adapters, and the language model by reference."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from pointalign.errors import CheckpointError
+from pointalign.models.language_model import load_language_model
+
+ADAPTED_PARTS = ("language_model", "connector.qformer")
+WEIGHTS_FILE = "model.safetensors"
+
+
+def adapter_folder(part: str) -> str:
+    """Name of the folder that holds a part's LoRA, as peft saves it."""
+    return f"{part.rpartition('.')[2]}_adapter"
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A temporary folder that takes the target's place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        CheckpointError: when the folder cannot be written; an existing target is then left as it was.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror}; choose a folder that can be written") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if target.exists():
+            old = temporary.with_name(temporary.name + "-old")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error}; free some space or choose another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own weights under the names of a model without adapters; guests and adapters are left out."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("alignment_regularizer.") or ".lora_" in name or ".modules_to_save." in name:
+            continue
+        name = name.replace(".base_model.model.", ".").replace(".base_layer.", ".").replace(".original_module.", ".")
+        state[name] = tensor
+    return state
+
+
+def save_own_weights(
+    model: Any, folder: Path, self_contained: bool, save: Callable[..., None], **kwargs: Any
+) -> None:
+    """Write config, own weights and adapters; see `PointAlignForConditionalGeneration.save_pretrained`."""
+    state = plain_state_dict(model)
+    reference = model.config.language_model
+    if self_contained:
+        model.config.language_model = None
+    else:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("language_model.")}
+    try:
+        save(folder, state_dict=state, **kwargs)
+    finally:
+        model.config.language_model = reference
+    for part in ADAPTED_PARTS:
+        module = _part(model, part)
+        if isinstance(module, PeftModel):
+            module.save_pretrained(str(folder / adapter_folder(part)))
+
+
+def _part(model: nn.Module, name: str) -> nn.Module | None:
+    module: Any = model
+    for attribute in name.split("."):
+        module = getattr(module, attribute, None)
+    return module
+
+
+def find_checkpoint(name: str) -> Path:
+    """The local folder of a checkpoint: a folder as it is, anything else from the Hub.
+
+    Raises:
+        CheckpointError: when there is neither.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
+        return folder
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, ValueError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(f"found no checkpoint {name!r}: give an existing folder or a reachable Hub id") from error
+
+
+def load_weights_file(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: when it is missing or truncated.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; copy the checkpoint again") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); copy it again") from error
+
+
+def load_into(module: nn.Module, state: dict[str, Tensor], source: Path, ignore: str = "\0") -> None:
+    """Load a state dict that must fit exactly.
+
+    Args:
+        module: what to load into.
+        state: names and tensors.
+        source: named in errors.
+        ignore: prefix of names that the state may lack.
+
+    Raises:
+        CheckpointError: when names or shapes differ.
+    """
+    try:
+        result = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source} does not fit this model: {str(error).splitlines()[-1].strip()}") from error
+    missing = [name for name in result.missing_keys if not name.startswith(ignore)]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(
+            f"{source} does not fit this model: missing {missing[:3] or 'nothing'}, left over "
+            f"{result.unexpected_keys[:3] or 'nothing'}; load it with the configuration it was saved with"
+        )
+
+
+def load_own_weights(
+    cls: Any, name: str, args: tuple, is_trainable: bool, load: Callable[..., Any], kwargs: dict[str, Any]
+) -> Any:
+    """Read what `save_own_weights` wrote; see `PointAlignForConditionalGeneration.from_pretrained`."""
+    folder = find_checkpoint(name)
+    config = kwargs.pop("config", None) or cls.config_class.from_pretrained(folder)
+    if config.language_model is None:
+        try:
+            model = load(folder, *args, config=config, **kwargs)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"cannot load {folder}: {str(error).splitlines()[0]}; copy the checkpoint again") from error
+    else:
+        language_model = load_language_model(config.language_model, **kwargs)
+        fit_embeddings(language_model, config.text_config.vocab_size)
+        model = cls(config, language_model=language_model)
+        weight = language_model.get_input_embeddings().weight
+        for part in (model.point_encoder, model.connector):
+            part.to(device=weight.device, dtype=kwargs.get("dtype") if isinstance(kwargs.get("dtype"), torch.dtype) else None)
+        load_into(model, load_weights_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, ignore="language_model.")
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    for part in ADAPTED_PARTS:
+        path = folder / adapter_folder(part)
+        if path.is_dir():
+            attach_adapter(model, part, path, is_trainable)
+    return model.eval()
+
+
+def attach_adapter(model: nn.Module, part: str, path: Path, is_trainable: bool) -> None:
+    """Put a saved LoRA around a part of the model.
+
+    Raises:
+        CheckpointError: when the adapter is truncated or does not fit.
+    """
+    try:
+        adapted = PeftModel.from_pretrained(_part(model, part), str(path), is_trainable=is_trainable)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"cannot load the adapter {path}: {str(error).splitlines()[0]}; copy it again") from error
+    parent, _, attribute = part.rpartition(".")
+    setattr(_part(model, parent) if parent else model, attribute, adapted)
+
+
+def fit_embeddings(language_model: Any, rows: int) -> None:
+    """Grow the token embedding to a number of rows; the new rows are zero, so that they are the same every time."""
+    old = language_model.get_input_embeddings().weight.shape[0]
+    if rows <= old:
+        return
+    language_model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        language_model.get_input_embeddings().weight[old:] = 0
+        head = language_model.get_output_embeddings()
+        head.weight[old:] = 0
+        if getattr(head, "bias", None) is not None:
+            head.bias[old:] = 0

@@ -1,0 +1,157 @@
+"""The point encoder: Point-BERT, which turns a coloured cloud into one token per local group and a class token."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
+
+from pointalign.geometry import group_points
+
+
+class PointEncoderConfig(PreTrainedConfig):
+    """Sizes of the point encoder; the defaults are the published ones (PointAlign, arXiv 2603.00412; MiniGPT-3D).
+
+    Args:
+        in_channels: columns of a point, xyz first; 6 with colour.
+        num_groups: G, centres chosen by farthest point sampling.
+        group_size: K, nearest points of each centre.
+        group_hidden_sizes: widths of the group encoder's first three 1x1 layers.
+        group_width: width of a group's feature before it enters the transformer.
+        hidden_size: D, width of the transformer.
+        num_hidden_layers: number of pre-norm blocks.
+        num_attention_heads: heads of each block.
+        position_hidden_size: hidden width of the MLP that embeds a centre's position.
+        mlp_ratio: hidden width of a block's MLP over D.
+    """
+
+    model_type = "pointalign_point_encoder"
+    base_config_key = "point_encoder_config"
+
+    in_channels: int = 6
+    num_groups: int = 512
+    group_size: int = 32
+    group_hidden_sizes: list[int] | tuple[int, ...] = (128, 256, 512)
+    group_width: int = 256
+    hidden_size: int = 384
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    position_hidden_size: int = 128
+    mlp_ratio: float = 4.0
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one cloud: the class token and one per group."""
+        return self.num_groups + 1
+
+
+class GroupEncoder(nn.Module):
+    """A mini-PointNet that turns each local group into one feature, whatever the order of its points.
+
+    Source: Point-BERT (arXiv 2111.14819), section 3.1, on PointNet (arXiv 1612.00593).
+    """
+
+    def __init__(self, config: PointEncoderConfig) -> None:
+        super().__init__()
+        first, second, third = config.group_hidden_sizes
+        self.linear1 = nn.Linear(config.in_channels, first)
+        self.norm1 = nn.BatchNorm1d(first)
+        self.linear2 = nn.Linear(first, second)
+        self.linear3 = nn.Linear(2 * second, third)
+        self.norm3 = nn.BatchNorm1d(third)
+        self.linear4 = nn.Linear(third, config.group_width)
+
+    def forward(self, groups: Tensor) -> Tensor:
+        """Groups (B, G, K, C) to features (B, G, group_width)."""
+        batch, num_groups, group_size, _ = groups.shape
+        local = self.linear2(F.relu(self.norm1(self.linear1(groups.flatten(0, 2)))))
+        local = local.unflatten(0, (batch * num_groups, group_size))
+        pooled = local.amax(dim=1)
+        # linear3 of [pooled ; local]: the pooled half is the same for all points of a group, so it is done once.
+        width = pooled.shape[-1]
+        mixed = F.linear(local, self.linear3.weight[:, width:])
+        mixed = mixed + F.linear(pooled, self.linear3.weight[:, :width], self.linear3.bias).unsqueeze(1)
+        features = self.linear4(F.relu(self.norm3(mixed.flatten(0, 1))))
+        return features.view(batch, num_groups, group_size, -1).amax(dim=2)
+
+
+class PointEncoderBlock(nn.Module):
+    """A pre-norm transformer block whose query, key and value have no bias."""
+
+    def __init__(self, config: PointEncoderConfig) -> None:
+        super().__init__()
+        width, hidden = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+        self.num_heads = config.num_attention_heads
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L, D) to (B, L, D)."""
+        query, key, value = self.qkv(self.norm1(tokens)).unflatten(-1, (3, self.num_heads, -1)).unbind(dim=2)
+        attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        tokens = tokens + self.proj(attended.transpose(1, 2).flatten(2))
+        return tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
+
+
+class PointEncoder(PreTrainedModel):
+    """Point-BERT: group the cloud, encode each group, mix the groups in a transformer.
+
+    A centre's position is added again before every block, as in the published encoder.
+
+    Source: Point-BERT (arXiv 2111.14819); constants from PointAlign (arXiv 2603.00412).
+    """
+
+    config_class = PointEncoderConfig
+    config: PointEncoderConfig
+    main_input_name = "points"
+    base_model_prefix = "point_encoder"
+    _no_split_modules = ["PointEncoderBlock"]  # noqa: RUF012
+
+    def __init__(self, config: PointEncoderConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.group_encoder = GroupEncoder(config)
+        self.reduce_dim = nn.Linear(config.group_width, width)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.class_position = nn.Parameter(torch.zeros(1, 1, width))
+        self.position_embedding = nn.Sequential(
+            nn.Linear(3, config.position_hidden_size), nn.GELU(), nn.Linear(config.position_hidden_size, width)
+        )
+        self.blocks = nn.ModuleList(PointEncoderBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PointEncoder):
+            initialization.trunc_normal_(module.class_token, std=0.02)
+            initialization.trunc_normal_(module.class_position, std=0.02)
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Encode clouds.
+
+        Args:
+            points: (B, N, in_channels), xyz in the unit ball, colours in [0, 1]; N >= max(num_groups, group_size).
+
+        Returns:
+            (B, num_groups + 1, hidden_size), the class token first, then the groups in order of sampling.
+
+        Raises:
+            DataError: when the clouds have too few points.
+        """
+        groups, centers = group_points(points.float(), self.config.num_groups, self.config.group_size)
+        dtype = self.reduce_dim.weight.dtype
+        tokens = self.reduce_dim(self.group_encoder(groups.to(dtype)))
+        tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        positions = self.position_embedding(centers.to(dtype))
+        positions = torch.cat([self.class_position.expand(len(positions), -1, -1), positions], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens + positions)
+        return self.norm(tokens)

@@ -1,0 +1,329 @@
+"""The whole model: point encoder, connector and any causal language model of transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from pointalign.errors import DataError
+from pointalign.models.checkpoint import load_own_weights, save_own_weights
+from pointalign.models.connector import ConnectorConfig, QFormerConnector, build_connector
+from pointalign.models.point_encoder import PointEncoder, PointEncoderConfig
+
+
+class PointAlignConfig(PreTrainedConfig):
+    """Configuration of a `PointAlignForConditionalGeneration`.
+
+    Args:
+        point_encoder_config: sizes of the point encoder.
+        connector_config: sizes of the connector; its input and output widths follow from the parts it joins.
+        text_config: the language model's own configuration, of any causal model of transformers.
+        point_token_id: placeholder id that stands for one point token in `input_ids`.
+        language_model: name, Hub id or folder of the language model whose weights a checkpoint leaves out; None when
+            the checkpoint holds them itself.
+    """
+
+    model_type = "pointalign"
+    sub_configs = {  # noqa: RUF012
+        "text_config": AutoConfig,
+        "point_encoder_config": PointEncoderConfig,
+        "connector_config": ConnectorConfig,
+    }
+
+    point_encoder_config: dict | PreTrainedConfig | None = None
+    connector_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    point_token_id: int = 0
+    language_model: str | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.point_encoder_config, PreTrainedConfig):
+            self.point_encoder_config = PointEncoderConfig(**(self.point_encoder_config or {}))
+        if not isinstance(self.connector_config, PreTrainedConfig):
+            self.connector_config = ConnectorConfig(**(self.connector_config or {}))
+        if not isinstance(self.text_config, PreTrainedConfig):
+            text = dict(self.text_config or {"model_type": "phi"})
+            self.text_config = AutoConfig.for_model(**text)
+        self.connector_config.input_size = self.point_encoder_config.hidden_size
+        self.connector_config.output_size = self.text_config.hidden_size
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_point_tokens(self) -> int:
+        """Point tokens that one cloud becomes in the language model's input."""
+        connector, encoder = self.connector_config, self.point_encoder_config
+        assert isinstance(connector, ConnectorConfig)
+        assert isinstance(encoder, PointEncoderConfig)
+        return connector.num_query_tokens if connector.kind == "qformer" else encoder.num_tokens
+
+
+@dataclass
+class PointFeatures(ModelOutput):
+    """What the model computes of clouds before the language model.
+
+    Args:
+        point_features: (B, G + 1, D), the point encoder's output.
+        qformer_output: (B, Q, D_qformer), or None when the connector is an MLP.
+        point_tokens: (B, Q, D_llm), what enters the language model.
+    """
+
+    point_features: Tensor | None = None
+    qformer_output: Tensor | None = None
+    point_tokens: Tensor | None = None
+
+
+class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A language model that reads coloured point clouds.
+
+    `input_ids` hold `config.point_token_id` once per point token; the clouds' tokens take those places in order, whatever
+    the prompt, the padding side or the number of clouds. Modules without a trainable weight stay in evaluation mode while
+    the model trains, so that frozen parts compute what they will compute later.
+    """
+
+    config_class = PointAlignConfig
+    config: PointAlignConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(self, config: PointAlignConfig, language_model: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        assert isinstance(config.point_encoder_config, PointEncoderConfig)
+        assert isinstance(config.connector_config, ConnectorConfig)
+        self.point_encoder = PointEncoder(config.point_encoder_config)
+        self.connector = build_connector(config.connector_config)
+        self.language_model: Any = (
+            AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, QFormerConnector):
+            initialization.normal_(module.query_tokens, std=0.02)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The language model's head."""
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        """The language model's stack of decoder blocks, without the head."""
+        model = self.language_model
+        return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
+
+    def train(self, mode: bool = True) -> PointAlignForConditionalGeneration:
+        """Training mode for the parts that train; parts without a trainable weight stay in evaluation mode."""
+        super().train(mode)
+        for part in (self.point_encoder, *self.connector.children()):
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
+
+    def encode_points(self, point_clouds: Tensor) -> PointFeatures:
+        """Run everything before the language model.
+
+        Args:
+            point_clouds: (B, N, C), normalised, as the processor gives them.
+
+        Returns:
+            A `PointFeatures` with `point_features`, `qformer_output` (or None) and `point_tokens`.
+        """
+        point_features = self.point_encoder(point_clouds)
+        connected = self.connector(point_features)
+        return PointFeatures(
+            point_features=point_features,
+            qformer_output=connected.qformer_output,
+            point_tokens=connected.point_tokens,
+        )
+
+    def embed_inputs(
+        self, input_ids: Tensor, point_clouds: Tensor | None = None, point_tokens: Tensor | None = None
+    ) -> Tensor:
+        """Token embeddings with the clouds' tokens at the placeholders.
+
+        Args:
+            input_ids: (B, L).
+            point_clouds: (clouds, N, C) in the order of their placeholders, or
+            point_tokens: (clouds, Q, D_llm) computed before.
+
+        Returns:
+            (B, L, D_llm).
+
+        Raises:
+            DataError: when the number of placeholders is not the number of point tokens.
+        """
+        mask = input_ids == self.config.point_token_id
+        if point_tokens is None and point_clouds is not None:
+            point_tokens = self.encode_points(point_clouds).point_tokens
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
+        placeholders, given = int(mask.sum()), 0 if point_tokens is None else point_tokens.shape[:-1].numel()
+        if placeholders != given:
+            raise DataError(
+                f"the prompts hold {placeholders} point placeholders but the clouds give {given} point tokens; "
+                "build both with the same processor"
+            )
+        if point_tokens is None:
+            return embeds
+        return embeds.masked_scatter(mask.unsqueeze(-1), point_tokens.to(embeds))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        point_clouds: Tensor | None = None,
+        point_tokens: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, and the loss when labels are given.
+
+        Args:
+            input_ids: (B, L) with `config.point_token_id` at the point tokens.
+            attention_mask: (B, L), 0 at padding.
+            point_clouds: (clouds, N, C), or
+            point_tokens: (clouds, Q, D_llm) computed before by `encode_points`.
+            labels: (B, L), -100 where nothing is to be learnt; shifted inside.
+            inputs_embeds: (B, L, D_llm) instead of ids and clouds.
+            past_key_values: the language model's cache.
+            logits_to_keep: as in transformers; a 1-D tensor names the positions whose logits are wanted, and with labels
+                only those positions are scored.
+            num_items_in_batch: number of labels to divide the summed loss by, when batches are joined.
+            kwargs: handed to the language model.
+
+        Returns:
+            `loss` (mean over labels), `logits` (B, kept positions, V), `past_key_values` and what else was asked for.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise DataError("the model needs input_ids or inputs_embeds")
+            decoding = past_key_values is not None and point_clouds is None and point_tokens is None
+            inputs_embeds = (
+                self.get_input_embeddings()(input_ids)
+                if decoding
+                else self.embed_inputs(input_ids, point_clouds, point_tokens)
+            )
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        loss = None
+        if labels is not None:
+            loss = self._next_token_loss(outputs.logits, labels, logits_to_keep, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _next_token_loss(
+        self, logits: Tensor, labels: Tensor, kept: int | Tensor, num_items: Tensor | int | None
+    ) -> Tensor:
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if isinstance(kept, Tensor):
+            shifted = shifted[:, kept]
+        elif kept:
+            shifted = shifted[:, -kept:]
+        reduction = "mean" if num_items is None else "sum"
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), shifted.flatten().to(logits.device), ignore_index=-100, reduction=reduction
+        )
+        return loss if num_items is None else loss / num_items
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        point_clouds: Tensor | None = None,
+        point_tokens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`; the clouds are encoded once and follow their prompts into beams and samples.
+
+        Args:
+            input_ids: (B, L), left-padded when B > 1.
+            point_clouds: as in `forward`.
+            point_tokens: as in `forward`.
+            kwargs: as in `GenerationMixin.generate`.
+        """
+        if input_ids is not None and kwargs.get("inputs_embeds") is None:
+            kwargs["inputs_embeds"] = self.embed_inputs(input_ids, point_clouds, point_tokens)
+        return super().generate(input_ids=input_ids, **kwargs)
+
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, save_directory: str | Path, self_contained: bool | None = None, **kwargs: Any
+    ) -> None:
+        """Write a folder that `from_pretrained` loads.
+
+        `model.safetensors` holds the point encoder, the connector and, unless `config.language_model` names where to find
+        them, the language model's weights; LoRA goes as peft saves it into `language_model_adapter/`.
+
+        Args:
+            save_directory: the folder.
+            self_contained: True writes the language model's weights too and forgets where they came from; False leaves
+                them out; None leaves them out when `config.language_model` is set.
+            kwargs: passed to `PreTrainedModel.save_pretrained`.
+        """
+        if self_contained is None:
+            self_contained = self.config.language_model is None
+        save_own_weights(self, Path(save_directory), self_contained, super().save_pretrained, **kwargs)
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, is_trainable: bool = False, **kwargs: Any
+    ) -> PointAlignForConditionalGeneration:
+        """Load a folder or Hub repository that `save_pretrained` wrote.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            args: passed to `PreTrainedModel.from_pretrained`.
+            is_trainable: whether a LoRA adapter is loaded for further training.
+            kwargs: passed to `PreTrainedModel.from_pretrained` (dtype, device_map, quantization_config, ...); for a
+                checkpoint without the language model they go to the language model's loader.
+
+        Raises:
+            CheckpointError: when the folder or a file in it is missing, truncated or does not fit.
+        """
+        return load_own_weights(
+            cls, str(pretrained_model_name_or_path), args, is_trainable, super().from_pretrained, kwargs
+        )
