@@ -330,3 +330,52 @@ def _largest_remainder(sizes: Counter[str], seats: int) -> Counter[str]:
     for label in by_remainder[: seats - sum(quota.values())]:
         quota[label] += 1
     return quota
+
+
+def _write_parquet(
+    path: Path,
+    entries: Sequence[CatalogEntry],
+    table: dict[str, LabelRow],
+    splits: dict[str, str],
+    clouds: Sequence[np.ndarray],
+) -> None:
+    points = np.stack(clouds)
+    xyz = pa.array(points[..., :3].astype(np.int16).ravel())
+    rgb = pa.array(points[..., 3:].astype(np.uint8).ravel())
+    columns = {
+        "id": pa.array([e.id for e in entries]),
+        "name": pa.array([e.name for e in entries]),
+        "category": pa.array([e.category for e in entries]),
+        "tags": pa.array([list(e.tags) for e in entries], pa.list_(pa.string())),
+        "creator": pa.array([e.creator for e in entries]),
+        "licence": pa.array([e.collection.licence for e in entries]),
+        "source": pa.array([e.collection.name for e in entries]),
+        "size_cm": pa.array([list(e.size_cm) for e in entries], pa.list_(pa.float32(), 3)),
+        "label": pa.array([table[e.id].label for e in entries]),
+        "family": pa.array([table[e.id].family for e in entries]),
+        "split": pa.array([splits[e.id] for e in entries]),
+        "xyz": pa.FixedSizeListArray.from_arrays(xyz, XYZ_VALUES),
+        "rgb": pa.FixedSizeListArray.from_arrays(rgb, XYZ_VALUES),
+    }
+    pq.write_table(
+        pa.table(columns),
+        path,
+        row_group_size=len(entries),
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=False,
+        write_statistics=False,
+        version="2.6",
+        data_page_version="1.0",
+    )
+
+
+def write_atomically(out: str | Path, write) -> None:
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)

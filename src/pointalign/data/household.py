@@ -1,0 +1,156 @@
+"""The bundled real data set: 820 household objects as coloured clouds, each with a label, a licence and a creator.
+
+Built from the Debian package sweethome3d-furniture by `household_build`; docs/household.md tells how.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pointalign.errors import DataError
+from pointalign.geometry import normalize_point_cloud
+
+ASSETS = Path(__file__).parent.parent / "assets"
+HOUSEHOLD_FILE = ASSETS / "household.parquet"
+LABELS_FILE = ASSETS / "household" / "labels.csv"
+NUM_POINTS = 2048
+# Stored xyz are integers; this one lies at distance 1 from the centre of the cloud. Half a step is 1.5e-5 of the radius.
+XYZ_SCALE = 32767
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class HouseholdObject:
+    """One object.
+
+    Attributes:
+        id: collection and catalogue id in lower case, for instance "scopia-armchair1".
+        name, category, tags, creator: as the catalogue has them.
+        licence: SPDX identifier.
+        source: the collection, which is the name of its .sh3f file.
+        size_cm: extents along x (width), y (height) and z (depth) in centimetres.
+        label: one of `household_classes()`.
+        family: what it shares with the models that are nearly the same.
+        split: "train" or "test".
+        points: (2048, 6) float32 in farthest-point order, y up: xyz in the unit ball, rgb (sRGB) in [0, 1].
+    """
+
+    id: str
+    name: str
+    category: str
+    tags: tuple[str, ...]
+    creator: str
+    licence: str
+    source: str
+    size_cm: tuple[float, float, float]
+    label: str
+    family: str
+    split: str
+    points: np.ndarray = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class LabelRow:
+    """One row of the reviewed table: what an object is called, and which models it is nearly the same as."""
+
+    id: str
+    label: str
+    family: str
+
+
+def load_household(split: str | None = None, path: str | Path | None = None) -> list[HouseholdObject]:
+    """Load the objects, ordered by id.
+
+    Args:
+        split: "train" (720 objects), "test" (100), or None for both.
+        path: a file built by `build_household`; the bundled one when None.
+
+    Raises:
+        DataError: when the split is unknown, or the file is missing, broken or of another layout.
+    """
+    if split is not None and split not in SPLITS:
+        raise DataError(f"household has no split {split!r}; use one of {', '.join(SPLITS)}")
+    path = Path(path) if path is not None else HOUSEHOLD_FILE
+    table = _read_table(path)
+    if split is not None:
+        table = table.filter(pa.compute.equal(table["split"], split))
+    if table.num_rows == 0:
+        return []
+    points = torch.empty(table.num_rows, NUM_POINTS, 6)
+    points[..., :3] = torch.from_numpy(_values(table["xyz"])) / XYZ_SCALE
+    points[..., 3:] = torch.from_numpy(_values(table["rgb"])) / 255
+    clouds = normalize_point_cloud(points).numpy()
+    rows = table.drop_columns(["xyz", "rgb"]).to_pylist()
+    for row, cloud in zip(rows, clouds, strict=True):
+        row.update(tags=tuple(row["tags"]), size_cm=tuple(row["size_cm"]), points=cloud)
+    return [HouseholdObject(**row) for row in rows]
+
+
+def _read_table(path: Path) -> pa.Table:
+    if not path.is_file():
+        raise DataError(f"no household file at {path}; build it with: pointalign data household --source DIR --out FILE")
+    columns = [name for name in HouseholdObject.__dataclass_fields__ if name != "points"]
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"cannot read {path}: {reason}; the file is cut short or broken, build it again") from error
+    absent = {*columns, "xyz", "rgb"} - set(table.column_names)
+    if absent:
+        raise DataError(f"{path} lacks the columns {', '.join(sorted(absent))}; build it again with this version")
+    return table.select([*columns, "xyz", "rgb"])
+
+
+def _values(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of fixed-size lists as (rows, NUM_POINTS, 3), writable."""
+    flat = column.combine_chunks().flatten().to_numpy()
+    if len(flat) != len(column) * 3 * NUM_POINTS:
+        raise DataError(f"a cloud does not have {NUM_POINTS} points; build the household file again with this version")
+    return flat.reshape(-1, NUM_POINTS, 3).copy()
+
+
+def read_labels(path: str | Path = LABELS_FILE) -> dict[str, LabelRow]:
+    """The reviewed table (columns id, label, family) by object id.
+
+    Raises:
+        DataError: when the file is missing, lacks a column, or lists an object twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no table of labels at {path}; check the path")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        absent = {"id", "label", "family"} - set(reader.fieldnames or ())
+        if absent:
+            raise DataError(f"{path} lacks the columns {', '.join(sorted(absent))}; its header is id,label,family")
+        rows = [LabelRow(row["id"], row["label"], row["family"]) for row in reader]
+    twice = [row_id for row_id, count in Counter(row.id for row in rows).items() if count > 1]
+    if twice:
+        raise DataError(f"{path} lists {twice[0]} twice; keep one row per object")
+    return {row.id: row for row in rows}
+
+
+def household_classes() -> list[str]:
+    """The closed set of labels, in alphabetical order."""
+    return sorted({row.label for row in read_labels().values()})
+
+
+def class_sizes(split: str | None = None) -> dict[str, int]:
+    """How many objects of each class the bundled file holds, largest first; classes absent from the split count 0."""
+    table = _read_table(HOUSEHOLD_FILE).select(["label", "split"]).to_pylist()
+    counts = Counter(row["label"] for row in table if split in (None, row["split"]))
+    return {name: counts[name] for name in sorted(household_classes(), key=lambda name: (-counts[name], name))}
+
+
+def majority_rate(split: str | None = None) -> float:
+    """The accuracy of always answering the largest class of the split."""
+    sizes = class_sizes(split)
+    return max(sizes.values()) / sum(sizes.values())

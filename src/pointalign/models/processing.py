@@ -1,0 +1,348 @@
+"""The processor: clouds and chat messages in, tensors out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+from pointalign.errors import ConfigError, DataError
+from pointalign.geometry import farthest_point_sample, normalize_point_cloud
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+    "{% elif message['role'] == 'system' %}{{ message['content'] + '\n' }}"
+    "{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+
+Message = Mapping[str, Any]
+
+
+class Segment(NamedTuple):
+    """A piece of a rendered conversation, and whether the model is to learn to write it."""
+
+    text: str
+    is_answer: bool
+
+
+class PointAlignProcessor(ProcessorMixin):
+    """Turns clouds and chat messages into a model's inputs.
+
+    Args:
+        tokenizer: the language model's tokenizer.
+        num_points: N, points of every cloud that reaches the model.
+        num_point_tokens: tokens that one cloud becomes, `PointAlignConfig.num_point_tokens`.
+        min_points: fewest points a cloud may have: the encoder's max(groups' neighbours, 1).
+        point_token: the placeholder's text in the tokenizer's vocabulary.
+        point_prefix: text before a cloud's tokens.
+        point_suffix: text after a cloud's tokens.
+        system_prompt: system message put before conversations that have none; None leaves it to the chat template.
+        missing_color: rgb in [0, 1] given to clouds without colour.
+        chat_template: Jinja template for tokenizers that have none, or to be used instead of theirs.
+    """
+
+    attributes = ["tokenizer"]  # noqa: RUF012
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        num_points: int = 8192,
+        num_point_tokens: int = 32,
+        min_points: int = 32,
+        point_token: str = "<point>",
+        point_prefix: str = "",
+        point_suffix: str = "\n",
+        system_prompt: str | None = None,
+        missing_color: Sequence[float] = (0.0, 0.0, 0.0),
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.num_points = num_points
+        self.num_point_tokens = num_point_tokens
+        self.min_points = min_points
+        self.point_token = point_token
+        self.point_prefix = point_prefix
+        self.point_suffix = point_suffix
+        self.system_prompt = system_prompt
+        self.missing_color = list(missing_color)
+        if chat_template is None and getattr(tokenizer, "chat_template", None) is None:
+            chat_template = DEFAULT_CHAT_TEMPLATE
+        super().__init__(tokenizer, chat_template=chat_template)
+        if point_token not in tokenizer.get_vocab():
+            raise ConfigError(f"the tokenizer does not know the point token {point_token!r}; add it as a special token")
+        self.point_token_id = tokenizer.convert_tokens_to_ids(point_token)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that a model takes."""
+        return ["input_ids", "attention_mask", "point_clouds"]
+
+    def prepare_points(self, points: Any) -> Tensor:
+        """One cloud as the model wants it.
+
+        More than `num_points` points are cut down by farthest point sampling from point 0; fewer are filled up by
+        repeating the cloud from its first point on. Colours in 0-255 are divided by 255, with a warning. Missing
+        colours become `missing_color`.
+
+        Args:
+            points: (N, 3) xyz or (N, 6) xyz and rgb, numpy array or tensor, N >= `min_points`.
+
+        Returns:
+            (num_points, 6) float32: xyz centred and in the unit ball, rgb in [0, 1].
+
+        Raises:
+            DataError: for a wrong shape, too few points, values that are not finite, or colours outside 0-255.
+        """
+        cloud = torch.as_tensor(np.asarray(points) if not isinstance(points, Tensor) else points)
+        if cloud.ndim != 2 or cloud.shape[1] not in (3, 6):
+            raise DataError(
+                f"a point cloud has shape (points, 3) or (points, 6), xyz and rgb; this one has {tuple(cloud.shape)}"
+            )
+        cloud = cloud.detach().to("cpu", torch.float32)
+        if len(cloud) < self.min_points:
+            raise DataError(f"the cloud has {len(cloud)} points; this model needs at least {self.min_points}")
+        bad_rows = (~cloud.isfinite()).any(dim=1).nonzero().flatten()
+        if len(bad_rows):
+            raise DataError(
+                f"{len(bad_rows)} of {len(cloud)} points hold NaN or infinite values (first: row {int(bad_rows[0])}); "
+                "remove them"
+            )
+        cloud = torch.cat([cloud[:, :3], self._colors(cloud)], dim=1)
+        if len(cloud) > self.num_points:
+            cloud = cloud[farthest_point_sample(cloud[None, :, :3], self.num_points)[0]]
+        elif len(cloud) < self.num_points:
+            cloud = cloud[torch.arange(self.num_points) % len(cloud)]
+        return normalize_point_cloud(cloud)
+
+    def _colors(self, cloud: Tensor) -> Tensor:
+        if cloud.shape[1] == 3:
+            return torch.tensor(self.missing_color).expand(len(cloud), 3)
+        colors = cloud[:, 3:]
+        low, high = float(colors.min()), float(colors.max())
+        if low < 0 or high > 255 or 1 < high < 2:
+            raise DataError(f"colours lie between {low:g} and {high:g}; give rgb in [0, 1] (or 0-255)")
+        if high > 1:
+            warnings.warn(f"colours up to {high:g} are taken as 0-255 and divided by 255", stacklevel=4)
+            colors = colors / 255
+        return colors
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Segment]:
+        """A conversation as text, cut where the assistant's turns begin and end.
+
+        Args:
+            messages: dicts with `role` (system, user, assistant) and `content`: a string, or a list of
+                `{"type": "text", "text": ...}` and `{"type": "point_cloud", ...}`.
+            add_generation_prompt: end with the opening of the assistant's turn.
+
+        Returns:
+            Segments whose joined text is the chat template's; clouds are written as their placeholder tokens.
+
+        Raises:
+            DataError: when the chat template rewrites earlier turns, so that answers cannot be told from prompts.
+        """
+        turns = [{"role": message["role"], "content": self._content(message["content"])} for message in messages]
+        if self.system_prompt is not None and (not turns or turns[0]["role"] != "system"):
+            turns.insert(0, {"role": "system", "content": self.system_prompt})
+        segments, written = [], ""
+        for index, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            prompt = self._template(turns[:index], True)
+            full = self._template(turns[: index + 1], False)
+            if not (prompt.startswith(written) and full.startswith(prompt)):
+                raise DataError(
+                    "this tokenizer's chat template rewrites earlier turns, so answers cannot be told from prompts; "
+                    "give the processor a chat_template that only appends"
+                )
+            answer = full[len(prompt) :].rstrip()
+            segments += [Segment(prompt[len(written) :], False), Segment(answer, True)]
+            written = prompt + answer
+        rest = self._template(turns, add_generation_prompt)[len(written) :]
+        return [segment for segment in [*segments, Segment(rest, False)] if segment.text]
+
+    def _template(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _content(self, content: str | Sequence[Mapping[str, Any]]) -> str:
+        if isinstance(content, str):
+            return content
+        return "".join(self.point_markup if part["type"] == "point_cloud" else part["text"] for part in content)
+
+    @property
+    def point_markup(self) -> str:
+        """The text that stands for one cloud."""
+        return self.point_prefix + self.point_token * self.num_point_tokens + self.point_suffix
+
+    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> dict[str, list[int]]:
+        """Token ids of a conversation, and the labels that train its answers.
+
+        Each segment is tokenised by itself, so that a prompt has the same ids in training and in answering.
+
+        Returns:
+            `input_ids` and `labels` of equal length; labels are -100 everywhere but in the assistant's words and the end
+            of its turn.
+        """
+        input_ids: list[int] = []
+        labels: list[int] = []
+        for segment in self.render(messages, add_generation_prompt):
+            ids = self.tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+            input_ids += ids
+            labels += ids if segment.is_answer else [-100] * len(ids)
+        return {"input_ids": input_ids, "labels": labels}
+
+    def pad(self, sequences: Sequence[Sequence[int]], side: str = "left", value: int | None = None) -> Tensor:
+        """Sequences of unequal length as one (B, L) tensor.
+
+        Args:
+            sequences: lists of ids or labels.
+            side: "left" for answering, "right" for training.
+            value: what to fill with; the tokenizer's pad (else end) token by default.
+        """
+        if value is None:
+            value = self.tokenizer.pad_token_id
+            value = self.tokenizer.eos_token_id if value is None else value
+        length = max(len(sequence) for sequence in sequences)
+        padded = torch.full((len(sequences), length), int(value or 0), dtype=torch.long)
+        for row, sequence in zip(padded, sequences, strict=True):
+            span = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
+            row[span] = torch.tensor(sequence, dtype=torch.long)
+        return padded
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        text: str | Sequence[str] | None = None,
+        points: Any = None,
+        padding_side: str = "left",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prompts that hold the placeholder once per cloud, and their clouds.
+
+        Args:
+            text: one prompt or several; each `point_token` in them stands for one whole cloud.
+            points: a cloud or a list of clouds, in the order of their placeholders.
+            padding_side: "left" for answering, "right" for training.
+            kwargs: `return_tensors` is accepted and always "pt".
+
+        Returns:
+            `input_ids`, `attention_mask` (B, L), and `point_clouds` (clouds, N, 6) if there are any.
+
+        Raises:
+            DataError: when the number of clouds is not the number of placeholders.
+        """
+        if unknown := set(kwargs) - {"return_tensors"}:
+            raise ConfigError(f"the processor has no option {sorted(unknown)[0]!r}; it takes text, points, padding_side")
+        texts = [text] if isinstance(text, str) else list(text or [])
+        clouds = self._clouds(points)
+        placeholders = sum(prompt.count(self.point_token) for prompt in texts)
+        if placeholders != len(clouds):
+            raise DataError(
+                f"the prompts hold {placeholders} {self.point_token} but {len(clouds)} clouds were given; "
+                "write the token once for each cloud"
+            )
+        expanded = [prompt.replace(self.point_token, self.point_token * self.num_point_tokens) for prompt in texts]
+        ids = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in expanded]
+        return self._batch(ids, clouds, padding_side)
+
+    def apply_chat_template(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        conversation: Sequence[Message] | Sequence[Sequence[Message]],
+        points: Any = None,
+        add_generation_prompt: bool = True,
+        tokenize: bool = True,
+        padding_side: str = "left",
+        **kwargs: Any,
+    ) -> Any:
+        """Conversations as text or as a model's inputs.
+
+        Args:
+            conversation: messages as in `render`, or a list of conversations. A `{"type": "point_cloud", "points": ...}`
+                part may carry its cloud.
+            points: clouds of the parts that carry none, in order.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            tokenize: False returns the text.
+            padding_side: as in `__call__`.
+            kwargs: `return_tensors` and `return_dict` are accepted; tensors in a dict are always returned.
+
+        Returns:
+            Text (or a list of texts), or a `BatchFeature` as from `__call__`.
+
+        Raises:
+            DataError: when clouds are missing or left over.
+        """
+        if unknown := set(kwargs) - {"return_tensors", "return_dict"}:
+            raise ConfigError(f"apply_chat_template has no option {sorted(unknown)[0]!r} here; see its docstring")
+        single = bool(conversation) and isinstance(conversation[0], Mapping)
+        conversations: list[Any] = [conversation] if single else list(conversation)
+        if not tokenize:
+            texts = ["".join(s.text for s in self.render(turns, add_generation_prompt)) for turns in conversations]
+            return texts[0] if single else texts
+        given = self._clouds(points)
+        clouds = []
+        for part in (p for turns in conversations for turn in turns for p in _parts(turn["content"])):
+            if part["type"] == "point_cloud":
+                if part.get("points") is None and not given:
+                    raise DataError("a point_cloud part has no points and none are left; pass them in `points`")
+                clouds.append(self.prepare_points(part["points"]) if part.get("points") is not None else given.pop(0))
+        if given:
+            raise DataError(f"{len(given)} clouds are left over; write one point_cloud part for each cloud")
+        ids = [self.encode(turns, add_generation_prompt)["input_ids"] for turns in conversations]
+        return self._batch(ids, clouds, padding_side)
+
+    def _clouds(self, points: Any) -> list[Tensor]:
+        if points is None:
+            return []
+        if getattr(points, "ndim", None) == 2:
+            points = [points]
+        return [self.prepare_points(cloud) for cloud in points]
+
+    def _batch(self, ids: list[list[int]], clouds: list[Tensor], side: str) -> BatchFeature:
+        data = {"input_ids": self.pad(ids, side), "attention_mask": self.pad([[1] * len(row) for row in ids], side, 0)}
+        if clouds:
+            data["point_clouds"] = torch.stack(clouds)
+        return BatchFeature(data)
+
+
+def _parts(content: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def choose_point_token(tokenizer: Any, embedding_rows: int, wanted: str | None = None) -> str:
+    """Give the tokenizer a placeholder for point tokens, without touching the language model where possible.
+
+    In this order: the token asked for; `<point>` if the vocabulary has it; `<point>` in one of the embedding's unused
+    rows; a special token that the tokenizer reserves but neither its chat template nor its sequence marks use; at last
+    `<point>` as a new row (the caller then grows the embedding).
+
+    Args:
+        tokenizer: changed in place where a token is added.
+        embedding_rows: rows of the language model's token embedding.
+        wanted: a token of the user's choice.
+
+    Returns:
+        The token's text.
+    """
+    vocabulary = tokenizer.get_vocab()
+    token = wanted or "<point>"
+    if token in vocabulary:
+        return token
+    if wanted is None and len(tokenizer) >= embedding_rows:
+        template = str(getattr(tokenizer, "chat_template", None))
+        used = set(tokenizer.all_special_tokens)
+        reserved = [
+            (index, added.content)
+            for index, added in tokenizer.added_tokens_decoder.items()
+            if added.special and added.content not in used and added.content not in template
+        ]
+        if reserved:
+            return max(reserved)[1]
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+    return token
