@@ -1,3 +1,40 @@
 """PointAlign: 3D vision-language models whose point tokens keep their geometry."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pointalign.alignment import AlignmentProjector, AlignmentRegularizer, alignment_loss
+    from pointalign.data.household import load_household
+    from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
+    from pointalign.models.processing import PointAlignProcessor
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "AlignmentProjector": "pointalign.alignment",
+    "AlignmentRegularizer": "pointalign.alignment",
+    "PointAlignConfig": "pointalign.models.pointalign",
+    "PointAlignForConditionalGeneration": "pointalign.models.pointalign",
+    "PointAlignProcessor": "pointalign.models.processing",
+    "alignment_loss": "pointalign.alignment",
+    "load_household": "pointalign.data.household",
+}
+
+__all__ = [
+    "AlignmentProjector",
+    "AlignmentRegularizer",
+    "PointAlignConfig",
+    "PointAlignForConditionalGeneration",
+    "PointAlignProcessor",
+    "alignment_loss",
+    "load_household",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'pointalign' has no attribute {name!r}")

@@ -6,8 +6,9 @@ afterwards. Letters: B batch, L sequence length, T point tokens in the batch, D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -61,7 +62,9 @@ def alignment_loss(projected: Tensor, target: Tensor, mask: Tensor, kind: Alignm
     mask = mask.bool()
     rows, targets = projected[mask], _select_target(target, mask)
     if len(rows) != len(targets):
-        raise DataError(f"{len(targets)} alignment targets for {len(rows)} point tokens; the mask and target must match")
+        raise DataError(
+            f"{len(targets)} alignment targets for {len(rows)} point tokens; the mask and target must match"
+        )
     losses = _token_losses(rows, targets, kind)
     return losses.mean() if len(rows) else projected.sum() * 0.0
 
@@ -91,7 +94,7 @@ class AlignmentProjector(nn.Module):
         hidden = hidden_size or (input_size + output_size) // 2
         sizes = [input_size, *[hidden] * (depth - 1), output_size]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for width_in, width_out in pairwise(sizes):
             layers += [nn.Linear(width_in, width_out), nn.SiLU()]
         self.layers = nn.Sequential(*layers[:-1])
 
@@ -150,7 +153,9 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
         for module in root.modules():
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return module
-    raise ConfigError(f"found no list of {count} decoder blocks in {type(model).__name__}; pass `layers_module` yourself")
+    raise ConfigError(
+        f"found no list of {count} decoder blocks in {type(model).__name__}; pass `layers_module` yourself"
+    )
 
 
 @dataclass
@@ -178,9 +183,9 @@ class AlignmentRegularizer(nn.Module):
 
     `attach(model)` hooks the model and the tapped block and registers this module inside the model, so that optimizers,
     DDP and FSDP see the projector's weights; `detach()` leaves the model as it was. While attached, a call of the model
-    with the two extra arguments `alignment_mask` (B, L) and `alignment_target` (rows as in `alignment_loss`) leaves an
-    `AlignmentTerm`, which `take()` hands over; a call without them is an ordinary call. Hidden states are read at one
-    layer and only where the mask is true.
+    with the two extra arguments `alignment_mask` (B, L) and `alignment_target` leaves an `AlignmentTerm`, which `take()`
+    hands over; a call without them is an ordinary call. The target is a tensor (rows as in `alignment_loss`) or a function
+    of the model's output that gives one. Hidden states are read at one layer and only where the mask is true.
 
     Args:
         hidden_size: D of the language model.
@@ -213,7 +218,9 @@ class AlignmentRegularizer(nn.Module):
         if not layers:
             raise ConfigError("alignment.layers is empty; name at least one layer")
         self.layers = tuple(layers)
-        self.weight, self.loss, self.schedule, self.stop_fraction = weight, loss, schedule, stop_fraction
+        self.weight, self.stop_fraction = weight, stop_fraction
+        self.loss: AlignmentLoss = loss
+        self.schedule: AlignmentSchedule = schedule
         self.progress = 0.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -222,7 +229,7 @@ class AlignmentRegularizer(nn.Module):
             )
         self._handles: list[Any] = []
         self._host: list[nn.Module] = []
-        self._request: tuple[Tensor, Tensor] | None = None
+        self._request: tuple[Tensor, Tensor | Callable[[Any], Tensor]] | None = None
         self._captured: dict[int, Tensor] = {}
         self._term: AlignmentTerm | None = None
 
@@ -297,7 +304,7 @@ class AlignmentRegularizer(nn.Module):
         if self._request is None:
             return
         (mask, target), self._request = self._request, None
-        rows_of_target = _select_target(target, mask)
+        rows_of_target = _select_target(target(output) if callable(target) else target, mask)
         totals = []
         for layer in self.layers:
             if layer not in self._captured:
@@ -315,7 +322,9 @@ class AlignmentRegularizer(nn.Module):
     def _layer_total(self, layer: int, hidden: Tensor, mask: Tensor, target: Tensor) -> Tensor:
         rows = hidden[mask.to(hidden.device)]
         if len(rows) != len(target):
-            raise DataError(f"{len(target)} alignment targets for {len(rows)} point tokens; the mask and target must match")
+            raise DataError(
+                f"{len(target)} alignment targets for {len(rows)} point tokens; the mask and target must match"
+            )
         projector = self.projectors[str(layer)]
         weight = next(projector.parameters())
         projected = projector(rows.to(weight.dtype))

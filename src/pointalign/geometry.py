@@ -6,10 +6,14 @@ is carried along. Everything is deterministic: sampling starts at point 0 unless
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pointalign.errors import DataError
+
+# Coordinates of one axis that farthest point sampling works on at a time: what stays in a core's second-level cache.
+CACHED_VALUES = 32_768
 
 
 def normalize_point_cloud(points: Tensor) -> Tensor:
@@ -25,7 +29,8 @@ def normalize_point_cloud(points: Tensor) -> Tensor:
 
     Source: PointLLM (arXiv 2308.16911), the preprocessing that PointAlign's input inherits.
     """
-    xyz = points[..., :3]
+    # Seen from its first point, a cloud of coinciding points is exactly zero, and a far-off cloud keeps its digits.
+    xyz = points[..., :3] - points[..., :1, :3]
     xyz = xyz - xyz.mean(dim=-2, keepdim=True)
     radius = xyz.norm(dim=-1).amax(dim=-1, keepdim=True).unsqueeze(-1)
     xyz = xyz / torch.where(radius > 0, radius, torch.ones_like(radius))
@@ -55,6 +60,8 @@ def farthest_point_sample(xyz: Tensor, num_samples: int, start: int = 0) -> Tens
     batch, count = xyz.shape[:2]
     if not 1 <= num_samples <= count:
         raise DataError(f"cannot choose {num_samples} farthest points from a cloud of {count}; give a larger cloud")
+    if xyz.device.type == "cpu":
+        return _farthest_on_cpu(xyz, num_samples, start)
     columns = xyz.transpose(1, 2).contiguous()
     chosen = torch.full((batch, num_samples), start, dtype=torch.long, device=xyz.device)
     nearest = torch.full((batch, count), torch.inf, dtype=xyz.dtype, device=xyz.device)
@@ -66,6 +73,28 @@ def farthest_point_sample(xyz: Tensor, num_samples: int, start: int = 0) -> Tens
         current = nearest.argmax(dim=1, keepdim=True)
         chosen[:, i : i + 1] = current
     return chosen
+
+
+def _farthest_on_cpu(xyz: Tensor, num_samples: int, start: int) -> Tensor:
+    """The same choice in numpy: thousands of tiny steps, each too small to be worth torch's thread pool."""
+    columns = np.ascontiguousarray(xyz.detach().transpose(1, 2).numpy())
+    batch, _, count = columns.shape
+    chosen = np.full((batch, num_samples), start, dtype=np.int64)
+    at_once = max(CACHED_VALUES // count, 1)
+    for first in range(0, batch, at_once):
+        x, y, z = (columns[first : first + at_once, axis] for axis in range(3))
+        rows = np.arange(len(x))
+        nearest = np.full(x.shape, np.inf, dtype=x.dtype)
+        current = np.full(len(x), start)
+        for i in range(1, num_samples):
+            distance = np.square(x - x[rows, current, None])
+            distance += np.square(y - y[rows, current, None])
+            distance += np.square(z - z[rows, current, None])
+            np.minimum(nearest, distance, out=nearest)
+            nearest[rows, current] = -1
+            current = nearest.argmax(axis=1)
+            chosen[first : first + at_once, i] = current
+    return torch.from_numpy(chosen)
 
 
 def k_nearest_neighbors(queries: Tensor, xyz: Tensor, k: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import trimesh
+from trimesh.resolvers import FilePathResolver
 from trimesh.visual import ColorVisuals, TextureVisuals
 from trimesh.visual.material import PBRMaterial
 
@@ -43,7 +44,7 @@ def load_mesh(path: str | Path) -> trimesh.Trimesh | trimesh.Scene:
     if path.suffix.lower() not in MESH_FORMATS:
         raise DataError(f"cannot read {path.name}: format {path.suffix!r} is not one of {', '.join(MESH_FORMATS)}")
     with path.open("rb") as file:
-        resolver = trimesh.resolvers.FilePathResolver(path)
+        resolver = FilePathResolver(str(path))
         return read_mesh(file, path.suffix.lower().lstrip("."), resolver, str(path))
 
 
@@ -132,7 +133,7 @@ def _draw(
     """One draw: points (count, 6) and whether each lies on something that can be seen (count,)."""
     ends = np.cumsum(weights)
     faces = np.searchsorted(ends, rng.random(count) * ends[-1], side="right").clip(max=len(weights) - 1)
-    # Square root of the first uniform: uniform in the triangle. Source: Osada et al. 2002, "Shape Distributions", eq. 1.
+    # The square root makes it uniform in the triangle. Source: Osada et al. 2002, "Shape Distributions", equation 1.
     root, along = np.sqrt(rng.random(count)), rng.random(count)
     bary = np.stack([1 - root, root * (1 - along), root * along], axis=1)
     points = np.empty((count, 6))

@@ -22,7 +22,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 HOUSEHOLD_FILE = ASSETS / "household.parquet"
 LABELS_FILE = ASSETS / "household" / "labels.csv"
 NUM_POINTS = 2048
-# Stored xyz are integers; this one lies at distance 1 from the centre of the cloud. Half a step is 1.5e-5 of the radius.
+# Stored xyz are integers; this one lies at distance 1 from the centre, so that half a step is 1.5e-5 of the radius.
 XYZ_SCALE = 32767
 SPLITS = ("train", "test")
 
@@ -38,6 +38,7 @@ class HouseholdObject:
         source: the collection, which is the name of its .sh3f file.
         size_cm: extents along x (width), y (height) and z (depth) in centimetres.
         label: one of `household_classes()`.
+        noun: what it is in plain English with its article, for instance "a corner sofa".
         family: what it shares with the models that are nearly the same.
         split: "train" or "test".
         points: (2048, 6) float32 in farthest-point order, y up: xyz in the unit ball, rgb (sRGB) in [0, 1].
@@ -52,6 +53,7 @@ class HouseholdObject:
     source: str
     size_cm: tuple[float, float, float]
     label: str
+    noun: str
     family: str
     split: str
     points: np.ndarray = field(repr=False, compare=False)
@@ -59,11 +61,12 @@ class HouseholdObject:
 
 @dataclass(frozen=True)
 class LabelRow:
-    """One row of the reviewed table: what an object is called, and which models it is nearly the same as."""
+    """One row of the reviewed table: what an object is, and which models it is nearly the same as."""
 
     id: str
     label: str
     family: str
+    noun: str
 
 
 def load_household(split: str | None = None, path: str | Path | None = None) -> list[HouseholdObject]:
@@ -81,13 +84,12 @@ def load_household(split: str | None = None, path: str | Path | None = None) -> 
     path = Path(path) if path is not None else HOUSEHOLD_FILE
     table = _read_table(path)
     if split is not None:
-        table = table.filter(pa.compute.equal(table["split"], split))
+        table = table.filter(pa.array([row == split for row in table["split"].to_pylist()]))
     if table.num_rows == 0:
         return []
-    points = torch.empty(table.num_rows, NUM_POINTS, 6)
-    points[..., :3] = torch.from_numpy(_values(table["xyz"])) / XYZ_SCALE
-    points[..., 3:] = torch.from_numpy(_values(table["rgb"])) / 255
-    clouds = normalize_point_cloud(points).numpy()
+    clouds = np.empty((table.num_rows, NUM_POINTS, 6), dtype=np.float32)
+    clouds[..., :3] = normalize_point_cloud(torch.from_numpy(_values(table["xyz"]).astype(np.float32)))
+    np.divide(_values(table["rgb"]), np.float32(255), out=clouds[..., 3:])
     rows = table.drop_columns(["xyz", "rgb"]).to_pylist()
     for row, cloud in zip(rows, clouds, strict=True):
         row.update(tags=tuple(row["tags"]), size_cm=tuple(row["size_cm"]), points=cloud)
@@ -96,10 +98,13 @@ def load_household(split: str | None = None, path: str | Path | None = None) -> 
 
 def _read_table(path: Path) -> pa.Table:
     if not path.is_file():
-        raise DataError(f"no household file at {path}; build it with: pointalign data household --source DIR --out FILE")
+        raise DataError(
+            f"no household file at {path}; build it with: pointalign data household --source DIR --out FILE"
+        )
     columns = [name for name in HouseholdObject.__dataclass_fields__ if name != "points"]
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:  # pq.read_table would import pandas where it is installed
+            table = file.read()
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"cannot read {path}: {reason}; the file is cut short or broken, build it again") from error
@@ -110,15 +115,15 @@ def _read_table(path: Path) -> pa.Table:
 
 
 def _values(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of fixed-size lists as (rows, NUM_POINTS, 3), writable."""
+    """A column of fixed-size lists as (rows, NUM_POINTS, 3)."""
     flat = column.combine_chunks().flatten().to_numpy()
     if len(flat) != len(column) * 3 * NUM_POINTS:
         raise DataError(f"a cloud does not have {NUM_POINTS} points; build the household file again with this version")
-    return flat.reshape(-1, NUM_POINTS, 3).copy()
+    return flat.reshape(-1, NUM_POINTS, 3)
 
 
 def read_labels(path: str | Path = LABELS_FILE) -> dict[str, LabelRow]:
-    """The reviewed table (columns id, label, family) by object id.
+    """The reviewed table (columns id, label, family, noun) by object id.
 
     Raises:
         DataError: when the file is missing, lacks a column, or lists an object twice.
@@ -128,10 +133,11 @@ def read_labels(path: str | Path = LABELS_FILE) -> dict[str, LabelRow]:
         raise DataError(f"no table of labels at {path}; check the path")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        absent = {"id", "label", "family"} - set(reader.fieldnames or ())
+        columns = list(LabelRow.__dataclass_fields__)
+        absent = set(columns) - set(reader.fieldnames or ())
         if absent:
-            raise DataError(f"{path} lacks the columns {', '.join(sorted(absent))}; its header is id,label,family")
-        rows = [LabelRow(row["id"], row["label"], row["family"]) for row in reader]
+            raise DataError(f"{path} lacks the columns {', '.join(sorted(absent))}; its header is {','.join(columns)}")
+        rows = [LabelRow(*(row[name] for name in columns)) for row in reader]
     twice = [row_id for row_id, count in Counter(row.id for row in rows).items() if count > 1]
     if twice:
         raise DataError(f"{path} lists {twice[0]} twice; keep one row per object")

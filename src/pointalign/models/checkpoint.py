@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -42,7 +42,9 @@ def written_whole(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror}; choose a folder that can be written") from error
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror}; choose a folder that can be written"
+        ) from error
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
@@ -76,9 +78,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_own_weights(
-    model: Any, folder: Path, self_contained: bool, save: Callable[..., None], **kwargs: Any
-) -> None:
+def save_own_weights(model: Any, folder: Path, self_contained: bool, save: Callable[..., None], **kwargs: Any) -> None:
     """Write config, own weights and adapters; see `PointAlignForConditionalGeneration.save_pretrained`."""
     state = plain_state_dict(model)
     reference = model.config.language_model
@@ -96,7 +96,7 @@ def save_own_weights(
             module.save_pretrained(str(folder / adapter_folder(part)))
 
 
-def _part(model: nn.Module, name: str) -> nn.Module | None:
+def _part(model: nn.Module, name: str) -> Any:
     module: Any = model
     for attribute in name.split("."):
         module = getattr(module, attribute, None)
@@ -163,19 +163,36 @@ def load_own_weights(
 ) -> Any:
     """Read what `save_own_weights` wrote; see `PointAlignForConditionalGeneration.from_pretrained`."""
     folder = find_checkpoint(name)
-    config = kwargs.pop("config", None) or cls.config_class.from_pretrained(folder)
+    try:
+        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}; copy the checkpoint again"
+        ) from error
     if config.language_model is None:
         try:
-            model = load(folder, *args, config=config, **kwargs)
+            model, report = load(folder, *args, config=config, output_loading_info=True, **kwargs)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"cannot load {folder}: {str(error).splitlines()[0]}; copy the checkpoint again") from error
+            raise CheckpointError(
+                f"cannot load {folder}: {str(error).splitlines()[0]}; copy the checkpoint again"
+            ) from error
+        # transformers fills what is missing with random weights and says so in a warning only.
+        missing, left_over = sorted(report["missing_keys"])[:3], sorted(report["unexpected_keys"])[:3]
+        if missing or left_over:
+            raise CheckpointError(
+                f"{folder} does not fit its config.json: missing {missing or 'nothing'}, left over "
+                f"{left_over or 'nothing'}; copy the checkpoint again"
+            )
     else:
         language_model = load_language_model(config.language_model, **kwargs)
         fit_embeddings(language_model, config.text_config.vocab_size)
         model = cls(config, language_model=language_model)
         weight = language_model.get_input_embeddings().weight
         for part in (model.point_encoder, model.connector):
-            part.to(device=weight.device, dtype=kwargs.get("dtype") if isinstance(kwargs.get("dtype"), torch.dtype) else None)
+            part.to(
+                device=weight.device,
+                dtype=kwargs.get("dtype") if isinstance(kwargs.get("dtype"), torch.dtype) else None,
+            )
         load_into(model, load_weights_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, ignore="language_model.")
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedConfig
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
+
+from pointalign.errors import ConfigError
+
+Routing = Literal["sparse", "soft", "constant"]
 
 
 class ConnectorConfig(PreTrainedConfig):
@@ -22,11 +27,18 @@ class ConnectorConfig(PreTrainedConfig):
         num_query_tokens: Q, learned queries of the Q-Former.
         projection_size: width between the two linears that follow the Q-Former.
         qformer_config: sizes of the Q-Former; its `encoder_hidden_size` is the point MLP's output width.
+        num_query_experts: sets of queries that a router chooses between for each cloud; 0 is one set and no router.
+        routing: how the sets' outputs are joined, see `QueryRouter.choose`.
+        num_chosen_experts: sets that "sparse" routing runs.
+        router_hidden_size: hidden width of the router.
+
+    Raises:
+        ConfigError: for an unknown kind or routing, or more chosen sets than there are.
     """
 
     model_type = "pointalign_connector"
     base_config_key = "connector_config"
-    sub_configs = {"qformer_config": Blip2QFormerConfig}  # noqa: RUF012
+    sub_configs: ClassVar[Any] = {"qformer_config": Blip2QFormerConfig}
 
     kind: Literal["qformer", "mlp"] = "qformer"
     input_size: int = 384
@@ -35,8 +47,21 @@ class ConnectorConfig(PreTrainedConfig):
     num_query_tokens: int = 32
     projection_size: int = 4096
     qformer_config: dict | PreTrainedConfig | None = None
+    num_query_experts: int = 0
+    routing: Routing = "sparse"
+    num_chosen_experts: int = 2
+    router_hidden_size: int = 256
 
     def __post_init__(self, **kwargs):
+        if self.kind not in ("qformer", "mlp"):
+            raise ConfigError(f"unknown connector kind {self.kind!r}; choose qformer or mlp")
+        if self.routing not in ("sparse", "soft", "constant"):
+            raise ConfigError(f"unknown routing {self.routing!r}; choose sparse, soft or constant")
+        if self.num_query_experts and not 1 <= self.num_chosen_experts <= self.num_query_experts:
+            raise ConfigError(
+                f"cannot choose {self.num_chosen_experts} of {self.num_query_experts} query experts; "
+                "num_chosen_experts is between 1 and their number"
+            )
         if not isinstance(self.qformer_config, PreTrainedConfig):
             self.qformer_config = Blip2QFormerConfig(**(self.qformer_config or {}))
         super().__post_init__(**kwargs)
@@ -57,7 +82,7 @@ class ConnectorOutput(ModelOutput):
 
 def _mlp(sizes: list[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for width_in, width_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for width_in, width_out in pairwise(sizes):
         layers += [nn.Linear(width_in, width_out), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 
@@ -77,8 +102,43 @@ class MLPConnector(nn.Module):
         return ConnectorOutput(point_tokens=self.language_projection(point_features))
 
 
+class QueryRouter(nn.Module):
+    """Weighs the sets of queries for each cloud, by an MLP on [class token ; maximum over the other tokens].
+
+    Source: MiniGPT-3D (arXiv 2405.01413), mixture of query experts.
+    """
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.routing, self.num_chosen = config.routing, config.num_chosen_experts
+        self.mlp = _mlp([2 * config.input_size, config.router_hidden_size, config.num_query_experts])
+
+    def forward(self, point_features: Tensor) -> Tensor:
+        """Point features (B, L, D), the class token first, to one logit per set (B, experts)."""
+        return self.mlp(torch.cat([point_features[:, 0], point_features[:, 1:].amax(dim=1)], dim=-1))
+
+    def choose(self, point_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Which sets to run for each cloud, and the weights that their outputs are summed with.
+
+        "sparse" takes the sets of largest softmax weight and does not normalise the weights again; "soft" takes all sets
+        with their softmax weights; "constant" takes all sets equally, whatever the cloud.
+
+        Returns:
+            Indices and weights, both (B, chosen).
+        """
+        weights = self(point_features).softmax(dim=-1)
+        if self.routing == "sparse":
+            top = weights.topk(self.num_chosen, dim=-1)
+            return top.indices, top.values
+        if self.routing == "constant":
+            weights = torch.full_like(weights, 1 / weights.shape[-1])
+        return torch.arange(weights.shape[-1], device=weights.device).expand_as(weights), weights
+
+
 class QFormerConnector(nn.Module):
     """Point MLP, Q-Former with learned queries, and two linears with nothing between them.
+
+    With query experts, `query_tokens` holds one set of queries per expert; the Q-Former runs once per chosen set.
 
     Source: MiniGPT-3D (arXiv 2405.01413), section 3.2; Q-Former from BLIP-2 (arXiv 2301.12597).
     """
@@ -89,7 +149,8 @@ class QFormerConnector(nn.Module):
         assert isinstance(qformer_config, Blip2QFormerConfig)
         width = qformer_config.hidden_size
         self.point_mlp = _mlp([config.input_size, *config.hidden_sizes, qformer_config.encoder_hidden_size])
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
+        self.query_tokens = nn.Parameter(torch.zeros(max(config.num_query_experts, 1), config.num_query_tokens, width))
+        self.query_router = QueryRouter(config) if config.num_query_experts else None
         self.qformer = Blip2QFormerModel(qformer_config)
         self.language_projection = nn.Sequential(
             nn.Linear(width, config.projection_size), nn.Linear(config.projection_size, config.output_size)
@@ -97,13 +158,19 @@ class QFormerConnector(nn.Module):
 
     def forward(self, point_features: Tensor) -> ConnectorOutput:
         """Point features (B, L, D) to point tokens (B, Q, D_llm) and the Q-Former's output (B, Q, D_qformer)."""
-        qformer_output = self.qformer(
-            query_embeds=self.query_tokens.expand(len(point_features), -1, -1),
-            encoder_hidden_states=self.point_mlp(point_features),
-        ).last_hidden_state
-        return ConnectorOutput(
-            point_tokens=self.language_projection(qformer_output), qformer_output=qformer_output
-        )
+        encoded = self.point_mlp(point_features)
+        if self.query_router is None:
+            qformer_output = self._ask(self.query_tokens.expand(len(encoded), -1, -1), encoded)
+        else:
+            chosen, weights = self.query_router.choose(point_features)
+            outputs = self._ask(
+                self.query_tokens[chosen].flatten(0, 1), encoded.repeat_interleave(chosen.shape[1], dim=0)
+            )
+            qformer_output = torch.einsum("be,beqd->bqd", weights, outputs.unflatten(0, chosen.shape))
+        return ConnectorOutput(point_tokens=self.language_projection(qformer_output), qformer_output=qformer_output)
+
+    def _ask(self, queries: Tensor, encoded: Tensor) -> Tensor:
+        return self.qformer(query_embeds=queries, encoder_hidden_states=encoded).last_hidden_state
 
 
 def build_connector(config: ConnectorConfig) -> MLPConnector | QFormerConnector:

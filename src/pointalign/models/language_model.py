@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -53,7 +54,11 @@ def _convert(source: Path, gguf_file: str, target: Path) -> None:
         AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(temporary)
         loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file)
         config = type(loaded.config).from_dict(
-            {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_model_name_or_path")}
+            {
+                k: v
+                for k, v in loaded.config.to_dict().items()
+                if k not in ("quantization_config", "_model_name_or_path")
+            }
         )
         # A model loaded from GGUF saves nothing, so the same weights are put into an ordinary one.
         plain = AutoModelForCausalLM.from_config(config)
@@ -124,7 +129,7 @@ def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
     """
     try:
         return AutoModelForCausalLM.from_pretrained(resolve_language_model(name), **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _unavailable(name, error) from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,9 @@ from transformers import (
     initialization,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
+import pointalign.models.phi  # noqa: F401  (a saved model may hold the variant, which transformers must know)
 from pointalign.errors import DataError
 from pointalign.models.checkpoint import load_own_weights, save_own_weights
 from pointalign.models.connector import ConnectorConfig, QFormerConnector, build_connector
@@ -40,7 +41,7 @@ class PointAlignConfig(PreTrainedConfig):
     """
 
     model_type = "pointalign"
-    sub_configs = {  # noqa: RUF012
+    sub_configs: ClassVar[Any] = {
         "text_config": AutoConfig,
         "point_encoder_config": PointEncoderConfig,
         "connector_config": ConnectorConfig,
@@ -64,7 +65,12 @@ class PointAlignConfig(PreTrainedConfig):
         self.connector_config.input_size = self.point_encoder_config.hidden_size
         self.connector_config.output_size = self.text_config.hidden_size
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        # The base class sets the attention of all parts; a loaded language model's own choice must survive, because
+        # without one transformers builds no causal mask.
+        attention = self.text_config._attn_implementation
         super().__post_init__(**kwargs)
+        if attention is not None:
+            self.text_config._attn_implementation = attention
 
     @property
     def num_point_tokens(self) -> int:
@@ -88,6 +94,17 @@ class PointFeatures(ModelOutput):
     point_features: Tensor | None = None
     qformer_output: Tensor | None = None
     point_tokens: Tensor | None = None
+
+
+@dataclass
+class PointAlignOutput(CausalLMOutputWithPast):
+    """What one forward pass gives: transformers' causal language model output, and the clouds' features if computed.
+
+    Args:
+        points: what `encode_points` gave, when clouds or point features were passed in.
+    """
+
+    points: PointFeatures | None = None
 
 
 class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -126,7 +143,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(module, QFormerConnector):
             initialization.normal_(module.query_tokens, std=0.02)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         """The language model's token embedding."""
         return self.language_model.get_input_embeddings()
 
@@ -140,7 +157,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_decoder(self) -> nn.Module:
         """The language model's stack of decoder blocks, without the head."""
-        model = self.language_model
+        model: Any = self.language_model
         return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
 
     def train(self, mode: bool = True) -> PointAlignForConditionalGeneration:
@@ -151,16 +168,18 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 part.eval()
         return self
 
-    def encode_points(self, point_clouds: Tensor) -> PointFeatures:
+    def encode_points(self, point_clouds: Tensor | None = None, point_features: Tensor | None = None) -> PointFeatures:
         """Run everything before the language model.
 
         Args:
-            point_clouds: (B, N, C), normalised, as the processor gives them.
+            point_clouds: (B, N, C), normalised, as the processor gives them, or
+            point_features: (B, G + 1, D) computed before by the point encoder.
 
         Returns:
             A `PointFeatures` with `point_features`, `qformer_output` (or None) and `point_tokens`.
         """
-        point_features = self.point_encoder(point_clouds)
+        features: Tensor = self.point_encoder(point_clouds) if point_features is None else point_features
+        point_features = features.to(next(self.connector.parameters()).dtype)
         connected = self.connector(point_features)
         return PointFeatures(
             point_features=point_features,
@@ -168,15 +187,12 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             point_tokens=connected.point_tokens,
         )
 
-    def embed_inputs(
-        self, input_ids: Tensor, point_clouds: Tensor | None = None, point_tokens: Tensor | None = None
-    ) -> Tensor:
+    def embed_inputs(self, input_ids: Tensor, point_tokens: Tensor | None = None) -> Tensor:
         """Token embeddings with the clouds' tokens at the placeholders.
 
         Args:
             input_ids: (B, L).
-            point_clouds: (clouds, N, C) in the order of their placeholders, or
-            point_tokens: (clouds, Q, D_llm) computed before.
+            point_tokens: (clouds, Q, D_llm) in the order of their placeholders.
 
         Returns:
             (B, L, D_llm).
@@ -185,8 +201,6 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             DataError: when the number of placeholders is not the number of point tokens.
         """
         mask = input_ids == self.config.point_token_id
-        if point_tokens is None and point_clouds is not None:
-            point_tokens = self.encode_points(point_clouds).point_tokens
         embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
         placeholders, given = int(mask.sum()), 0 if point_tokens is None else point_tokens.shape[:-1].numel()
         if placeholders != given:
@@ -203,6 +217,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         point_clouds: Tensor | None = None,
+        point_features: Tensor | None = None,
         point_tokens: Tensor | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -210,14 +225,15 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> PointAlignOutput:
         """Next-token logits, and the loss when labels are given.
 
         Args:
             input_ids: (B, L) with `config.point_token_id` at the point tokens.
             attention_mask: (B, L), 0 at padding.
             point_clouds: (clouds, N, C), or
-            point_tokens: (clouds, Q, D_llm) computed before by `encode_points`.
+            point_features: (clouds, G + 1, D) of the point encoder, or
+            point_tokens: (clouds, Q, D_llm) of the connector, computed before by `encode_points`.
             labels: (B, L), -100 where nothing is to be learnt; shifted inside.
             inputs_embeds: (B, L, D_llm) instead of ids and clouds.
             past_key_values: the language model's cache.
@@ -227,17 +243,23 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs: handed to the language model.
 
         Returns:
-            `loss` (mean over labels), `logits` (B, kept positions, V), `past_key_values` and what else was asked for.
+            `loss` (mean over labels), `logits` (B, kept positions, V), `past_key_values`, `points`, and what else was
+            asked for.
+
+        Raises:
+            DataError: when neither ids nor embeddings are given, or the clouds do not fit the placeholders.
         """
+        points = None
+        if point_clouds is not None or point_features is not None:
+            points = self.encode_points(point_clouds, point_features)
+            point_tokens = points.point_tokens
         if inputs_embeds is None:
             if input_ids is None:
                 raise DataError("the model needs input_ids or inputs_embeds")
-            decoding = past_key_values is not None and point_clouds is None and point_tokens is None
-            inputs_embeds = (
-                self.get_input_embeddings()(input_ids)
-                if decoding
-                else self.embed_inputs(input_ids, point_clouds, point_tokens)
-            )
+            if past_key_values is not None and point_tokens is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            else:
+                inputs_embeds = self.embed_inputs(input_ids, point_tokens)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -248,12 +270,13 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self._next_token_loss(outputs.logits, labels, logits_to_keep, num_items_in_batch)
-        return CausalLMOutputWithPast(
+        return PointAlignOutput(
             loss=loss,
             logits=outputs.logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            points=points,
         )
 
     def _next_token_loss(
@@ -287,8 +310,10 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs: as in `GenerationMixin.generate`.
         """
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
-            kwargs["inputs_embeds"] = self.embed_inputs(input_ids, point_clouds, point_tokens)
-        return super().generate(input_ids=input_ids, **kwargs)
+            if point_clouds is not None:
+                point_tokens = self.encode_points(point_clouds).point_tokens
+            kwargs["inputs_embeds"] = self.embed_inputs(input_ids, point_tokens)
+        return super().generate(input_ids=input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, save_directory: str | Path, self_contained: bool | None = None, **kwargs: Any

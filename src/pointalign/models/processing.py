@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from pointalign.errors import ConfigError, DataError
+from pointalign.errors import CheckpointError, ConfigError, DataError
 from pointalign.geometry import farthest_point_sample, normalize_point_cloud
+from pointalign.models.checkpoint import find_checkpoint
 
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -100,7 +101,7 @@ class PointAlignProcessor(ProcessorMixin):
         Raises:
             DataError: for a wrong shape, too few points, values that are not finite, or colours outside 0-255.
         """
-        cloud = torch.as_tensor(np.asarray(points) if not isinstance(points, Tensor) else points)
+        cloud = points if isinstance(points, Tensor) else torch.from_numpy(_as_array(points))
         if cloud.ndim != 2 or cloud.shape[1] not in (3, 6):
             raise DataError(
                 f"a point cloud has shape (points, 3) or (points, 6), xyz and rgb; this one has {tuple(cloud.shape)}"
@@ -239,7 +240,9 @@ class PointAlignProcessor(ProcessorMixin):
             DataError: when the number of clouds is not the number of placeholders.
         """
         if unknown := set(kwargs) - {"return_tensors"}:
-            raise ConfigError(f"the processor has no option {sorted(unknown)[0]!r}; it takes text, points, padding_side")
+            raise ConfigError(
+                f"the processor has no option {sorted(unknown)[0]!r}; it takes text, points, padding_side"
+            )
         texts = [text] if isinstance(text, str) else list(text or [])
         clouds = self._clouds(points)
         placeholders = sum(prompt.count(self.point_token) for prompt in texts)
@@ -311,8 +314,34 @@ class PointAlignProcessor(ProcessorMixin):
         return BatchFeature(data)
 
 
+def _as_array(points: Any) -> np.ndarray:
+    """A copy that torch can share: native byte order, no negative strides, writable."""
+    try:
+        with np.errstate(over="ignore"):  # too large for float32 is infinite, and refused as such
+            return np.array(points, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"a point cloud is an array of numbers of shape (points, 3) or (points, 6); this {type(points).__name__} is "
+            f"not ({str(error).splitlines()[0]})"
+        ) from error
+
+
 def _parts(content: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def load_processor(name: str) -> PointAlignProcessor:
+    """The processor that lies beside a model.
+
+    Raises:
+        CheckpointError: when it is missing or broken.
+    """
+    try:
+        return PointAlignProcessor.from_pretrained(str(find_checkpoint(name)))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot load the processor of {name}: {str(error).splitlines()[0]}; copy it again"
+        ) from error
 
 
 def choose_point_token(tokenizer: Any, embedding_rows: int, wanted: str | None = None) -> str:

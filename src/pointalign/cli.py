@@ -1,0 +1,170 @@
+"""The command `pointalign`: one verb per act; people are spoken to on stderr, programs get one JSON line on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from pointalign import __version__
+from pointalign.config import Recipe, load_recipe, recipe_names
+from pointalign.errors import PointAlignError
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+@dataclass
+class Train:
+    """Run a training recipe; every setting of the recipe can be overridden."""
+
+    recipe: tyro.conf.Positional[str]
+    """A recipe that comes with the package, or a YAML file."""
+    out: Path | None = None
+    """The run's folder; runs/NAME when not given."""
+    resume: bool = False
+    """Go on with the run in that folder."""
+    settings: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.runs import train
+
+        return train(self.settings, self.out or Path("runs") / self.settings.name, self.resume)
+
+
+@dataclass
+class Evaluate:
+    """Evaluate a model on held-out objects: closed-set accuracy, free-form answers, captions."""
+
+    model: str
+    """Folder or Hub id of a trained model."""
+    out: Path | None = None
+    """Folder for the results; evaluation beside the model when not given."""
+    limit: int | None = None
+    """Only the first objects; all when not given."""
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.evaluation.run import evaluate
+
+        summary = evaluate(self.model, self.out or Path(self.model).parent / "evaluation", self.limit)
+        return {name: value for name, value in summary.items() if name != "objects"}
+
+
+@dataclass
+class Demo:
+    """Fine-tune a real model twice on the bundled objects, with and without alignment, and compare the two."""
+
+    out: Path = Path("runs/demo")
+    """The demo's folder; a demo that was stopped goes on where it was."""
+    fast: bool = False
+    """A few steps and objects only, to see that everything runs."""
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.demo import run_demo
+
+        return run_demo(self.out, self.fast)
+
+
+@dataclass
+class BuildHousehold:
+    """Build the bundled data set from the models of the Debian package sweethome3d-furniture."""
+
+    source: Path
+    """Folder with the package's .sh3f files."""
+    out: Path
+    """Parquet file to write."""
+    notice: Path | None = None
+    """NOTICE file whose list of objects is rewritten."""
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.data.household_build import build_household
+
+        return build_household(source=self.source, out=self.out, notice=self.notice)
+
+
+@dataclass
+class Recipes:
+    """List the recipes that come with the package."""
+
+    def run(self) -> dict[str, Any]:
+        for name in recipe_names():
+            print(f"{name:30} {load_recipe(name).stage}", file=sys.stderr)
+        return {"recipes": recipe_names()}
+
+
+VERBS: dict[str, Any] = {"train": Train, "evaluate": Evaluate, "demo": Demo, "recipes": Recipes}
+DATA_VERBS: dict[str, Any] = {"household": BuildHousehold}
+
+
+def _usage() -> str:
+    lines = [
+        f"pointalign {__version__}: {_first_line(sys.modules['pointalign'])}",
+        "",
+        "usage: pointalign VERB ...",
+        "",
+    ]
+    entries = {**VERBS, **{f"data {name}": kind for name, kind in DATA_VERBS.items()}}
+    lines += [f"  {name:16} {_first_line(kind)}" for name, kind in entries.items()]
+    return "\n".join(
+        [*lines, "", "`pointalign VERB --help` tells the rest; `--debug` shows where a failure came from."]
+    )
+
+
+def _first_line(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0]
+
+
+def _parse(arguments: list[str]) -> Any:
+    verb, rest, prog = arguments[0], arguments[1:], "pointalign"
+    kinds = VERBS
+    if verb == "data" and rest:
+        verb, rest, prog, kinds = rest[0], rest[1:], "pointalign data", DATA_VERBS
+    if verb not in kinds:
+        known = ", ".join([*VERBS, *(f"data {name}" for name in DATA_VERBS)])
+        raise PointAlignError(f"unknown verb {' '.join(arguments[:2])!r}; known are {known}")
+    default = None
+    if kinds[verb] is Train:
+        named = next((argument for argument in rest if not argument.startswith("-")), None)
+        if named is not None and (not rest[0].startswith("-")):
+            default = Train(recipe=named, settings=load_recipe(named))
+    return tyro.cli(kinds[verb], prog=f"{prog} {verb}", args=rest, default=default)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; ends the process with 0, or 1 after one line that says what went wrong and what to do."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    if not given or given[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if given[0] == "--version":
+        print(__version__)
+        return
+    sys.exit(_run(given, debug))
+
+
+def _run(given: list[str], debug: bool) -> int:
+    try:
+        result = _parse(given).run()
+    except PointAlignError as error:
+        if debug:
+            raise
+        print(f"pointalign: {error}", file=sys.stderr)
+        return EXIT_INTERRUPTED if type(error).__name__ == "RunStopped" else EXIT_FAILED
+    except KeyboardInterrupt:
+        print("pointalign: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        if debug:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"pointalign: {error.strerror or error}{where}; check the path and the free space", file=sys.stderr)
+        return EXIT_FAILED
+    print(json.dumps(result))
+    return 0

@@ -1,0 +1,117 @@
+"""Cache of what the frozen half computes: once per object, on disk, read without loading a cloud again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pointalign.errors import DataError
+
+SHARD_SIZE = 256
+
+
+def weights_fingerprint(modules: Sequence[nn.Module]) -> str:
+    """Hash of all weights and buffers, by name, shape and value."""
+    digest = hashlib.sha256()
+    for number, module in enumerate(modules):
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{number} {name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """Tensors per object, kept in memory-mapped safetensors shards that are written whole or not at all.
+
+    The folder's name is a hash of everything that the tensors depend on, so a stale cache cannot be read. A process that
+    is killed loses at most the shard it was writing; processes that fill the same cache write the same shards.
+
+    Args:
+        root: folder of all caches.
+        object_ids: the objects, in a fixed order.
+        depends_on: whatever determines the tensors (fingerprints of weights, clouds and preprocessing).
+    """
+
+    def __init__(self, root: Path, object_ids: Sequence[str], depends_on: dict[str, Any]) -> None:
+        self.object_ids = list(object_ids)
+        self._row = {object_id: row for row, object_id in enumerate(self.object_ids)}
+        key = repr(sorted(depends_on.items())) + "\n" + "\n".join(self.object_ids)
+        self.folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
+        self._open: dict[int, Any] = {}
+
+    def __contains__(self, object_id: object) -> bool:
+        return object_id in self._row
+
+    @property
+    def num_shards(self) -> int:
+        """Number of files the cache has when full."""
+        return -(-len(self.object_ids) // SHARD_SIZE)
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"features-{shard:05d}-of-{self.num_shards:05d}.safetensors"
+
+    def fill(
+        self, compute: Callable[[list[str]], dict[str, Tensor]], batch_size: int, progress: Callable[[int], None]
+    ) -> None:
+        """Compute what is missing.
+
+        Args:
+            compute: from a list of object ids to tensors with one row per object.
+            batch_size: objects per call of `compute`.
+            progress: called with the number of objects done since the last call.
+
+        Raises:
+            DataError: when the disk is full or cannot be written.
+        """
+        for shard in range(self.num_shards):
+            members = self.object_ids[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
+            if self._path(shard).is_file():
+                progress(len(members))
+                continue
+            rows: list[dict[str, Tensor]] = []
+            for start in range(0, len(members), batch_size):
+                batch = members[start : start + batch_size]
+                rows.append({name: tensor.cpu() for name, tensor in compute(batch).items()})
+                progress(len(batch))
+            self._write(shard, {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]})
+
+    def _write(self, shard: int, tensors: dict[str, Tensor]) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+            os.close(handle)
+            try:
+                save_file(tensors, temporary)
+                os.replace(temporary, self._path(shard))
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"cannot write the feature cache {self.folder}: {error}; free some space or set POINTALIGN_CACHE"
+            ) from error
+
+    def __getitem__(self, object_id: str) -> dict[str, Tensor]:
+        """The object's tensors, without the batch dimension.
+
+        Raises:
+            DataError: when the object is not in the cache or its shard is broken.
+        """
+        if object_id not in self._row:
+            raise DataError(f"object {object_id} is not in the feature cache; fill it with this object")
+        shard, row = divmod(self._row[object_id], SHARD_SIZE)
+        if shard not in self._open:
+            try:
+                self._open[shard] = safe_open(self._path(shard), framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"{self._path(shard)} is broken ({error}); delete it and run again") from error
+        opened = self._open[shard]
+        return {name: opened.get_slice(name)[row] for name in opened.keys()}  # noqa: SIM118

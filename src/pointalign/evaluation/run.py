@@ -1,0 +1,46 @@
+"""Evaluating one model: load it, ask, score, write the results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pointalign.data.household import load_household
+from pointalign.errors import DataError
+from pointalign.evaluation.benchmarks import evaluate_household, summarize_results
+from pointalign.models.pointalign import PointAlignForConditionalGeneration
+from pointalign.models.processing import load_processor
+from pointalign.progress import progress
+
+RESULTS_FILE = "results.json"
+
+
+def evaluate(model: str | Path, out: str | Path, limit: int | None = None) -> dict[str, Any]:
+    """Evaluate a model on the held-out household objects.
+
+    Args:
+        model: folder or Hub id.
+        out: folder for `results.json`, which holds every object's answers.
+        limit: only so many objects, the first by id.
+
+    Returns:
+        What `summarize_results` gives.
+
+    Raises:
+        PointAlignError: when the model cannot be loaded or the folder cannot be written.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"--limit {limit} leaves no object; give 1 or more")
+    processor = load_processor(str(model))
+    loaded = PointAlignForConditionalGeneration.from_pretrained(model)
+    objects = load_household("test")[:limit]
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with progress(f"evaluating {Path(model).parent.name}", 3 * len(objects)) as advance:
+        results = evaluate_household(loaded, processor, objects, advance)
+    summary = {"model": str(model), **summarize_results(results)}
+    temporary = folder / f".{RESULTS_FILE}.tmp"
+    temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / RESULTS_FILE)
+    return {**summary, "results": str(folder / RESULTS_FILE)}

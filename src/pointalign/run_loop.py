@@ -1,0 +1,135 @@
+"""The loop that every training run goes through: arguments, progress, metrics, and a clean stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from pointalign.config import Recipe
+from pointalign.errors import PointAlignError
+from pointalign.progress import progress
+from pointalign.run_folder import RunFolder
+from pointalign.training import RecipeTrainer
+
+
+class RunStopped(PointAlignError):
+    """The run was asked to stop (Ctrl-C or SIGTERM) and has written a checkpoint to go on from."""
+
+
+def native_bf16() -> bool:
+    """Whether the device multiplies bfloat16 matrices natively; elsewhere it is slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+def uses_bf16(recipe: Recipe) -> bool:
+    """Whether a recipe computes in bfloat16 on this machine."""
+    return recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16())
+
+
+def training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
+    """transformers' arguments for a recipe."""
+    settings = recipe.optimizer
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
+    return TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=settings.max_steps,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=uses_bf16(recipe),
+        use_cpu=not torch.accelerator.is_available(),
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        seed=recipe.seed,
+        report_to=recipe.report_to or "none",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+
+
+class RunCallback(TrainerCallback):
+    """Writes metrics, moves the progress bar, and stops at the next step when a signal asks for it."""
+
+    def __init__(self, folder: RunFolder, advance: Callable[[int], None]) -> None:
+        self.folder, self.advance = folder, advance
+        self.stop_asked = False
+        self.last_losses = "no loss yet"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(1)
+        if self.stop_asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        self.last_losses = "  ".join(f"{k} {logs[k]:.3f}" for k in ("lm_loss", "alignment_loss", "loss") if k in logs)
+        self.folder.add_metrics({"step": state.global_step, **logs})
+
+
+@contextmanager
+def stop_on_signal(callback: RunCallback) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the run after the step in hand, with a checkpoint; the second ends it at once."""
+    previous = {}
+
+    def ask(number: int, frame: Any) -> None:
+        if callback.stop_asked:
+            raise KeyboardInterrupt
+        callback.stop_asked = True
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, ask)
+    except ValueError:
+        pass  # Signals reach the main thread alone; elsewhere the caller's own handling stays.
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run_trainer(
+    recipe: Recipe, folder: RunFolder, build: Callable[[TrainingArguments, list[Any]], RecipeTrainer]
+) -> RecipeTrainer:
+    """Train to the end from the last checkpoint, with progress, metrics and a clean stop on signals.
+
+    Raises:
+        RunStopped: when a signal stopped it before the end.
+    """
+    checkpoint = folder.last_checkpoint()
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    arguments = training_arguments(recipe, folder)
+    if arguments.process_index == 0:
+        folder.forget_metrics_after(done)
+    with ExitStack() as stack:
+        callback = RunCallback(folder, lambda steps: None)
+        trainer = build(arguments, [callback])
+        trainer.remove_callback(PrinterCallback)
+        if trainer.is_world_process_zero():
+            callback.advance = stack.enter_context(
+                progress(recipe.name, recipe.optimizer.max_steps, lambda: callback.last_losses)
+            )
+            callback.advance(done)
+        stack.enter_context(stop_on_signal(callback))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < recipe.optimizer.max_steps:
+        raise RunStopped(
+            f"stopped at step {trainer.state.global_step} of {recipe.optimizer.max_steps}; add --resume to go on"
+        )
+    return trainer

