@@ -496,6 +496,7 @@ def test_generate_while_attached_equals_generate_without():
     regularizer = AlignmentRegularizer(24, 10, layers=(2,)).attach(model)
     regularized_step(model, regularizer, batch, target)
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), plain)
+    assert not regularizer._captured, "hidden states of an ordinary call are not kept"
     with pytest.raises(ConfigError, match="no alignment loss to take"):
         regularizer.take()
 
@@ -535,6 +536,11 @@ def test_exceptions_propagate_and_the_next_pass_is_clean():
     broken = dict(batch, pixel_values=batch["pixel_values"][:1])
     with pytest.raises(ValueError, match=r"(?i)image"):
         model(**broken, alignment_mask=mask, alignment_target=target)
+    model(**batch)
+    with pytest.raises(ConfigError, match="no alignment loss to take"):
+        regularizer.take()
+    # a loss that nobody took is not handed out after a later pass without targets
+    model(**batch, alignment_mask=mask, alignment_target=target)
     model(**batch)
     with pytest.raises(ConfigError, match="no alignment loss to take"):
         regularizer.take()

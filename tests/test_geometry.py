@@ -63,6 +63,13 @@ def test_all_points_are_chosen_once_when_all_are_wanted(cloud):
         assert farthest_point_sample(xyz, count)[0].tolist() == everything[:count]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the CPU takes another path")
+@given(grid_clouds())
+def test_an_accelerator_chooses_the_same_points(cloud):
+    xyz = torch.tensor(cloud[None], dtype=torch.float32)
+    assert torch.equal(farthest_point_sample(xyz.cuda(), len(cloud)).cpu(), farthest_point_sample(xyz, len(cloud)))
+
+
 def test_one_repeated_point_is_chosen_in_order():
     assert farthest_point_sample(torch.full((1, 6, 3), 0.3), 6)[0].tolist() == [0, 1, 2, 3, 4, 5]
 

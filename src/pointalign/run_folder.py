@@ -10,8 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pointalign.config import Recipe, load_recipe, to_yaml
 from pointalign.errors import ConfigError
 
@@ -97,6 +95,11 @@ class RunFolder:
         return lines
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one of a distributed run that writes its folder; true for a run of one process."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -123,6 +126,8 @@ def git_commit(folder: Path) -> str | None:
 
 def environment(recipe: Recipe) -> dict[str, Any]:
     """What a run ran on: versions, commit, seed, machine."""
+    import torch
+
     versions = {}
     for package in PACKAGES:
         try:

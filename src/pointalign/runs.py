@@ -26,7 +26,7 @@ from pointalign.models.language_model import cache_dir, load_language_model, loa
 from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
 from pointalign.models.processing import PointAlignProcessor, choose_point_token, load_processor
 from pointalign.progress import progress
-from pointalign.run_folder import RunFolder
+from pointalign.run_folder import RunFolder, is_first_process
 from pointalign.run_loop import run_trainer, uses_bf16
 from pointalign.training import add_lora, build_trainer, select_parts
 
@@ -175,13 +175,15 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
     """
     quiet()
     folder = RunFolder(out)
-    folder.open(recipe, resume)
+    if is_first_process():
+        folder.open(recipe, resume)
     if (folder.model / "config.json").is_file():
         return _summary(recipe, folder, None, 0.0)
     start = time.monotonic()
     set_seed(recipe.seed)
     counts = train_encoder(recipe, folder) if recipe.stage == "encoder" else _train_language(recipe, folder)
-    draw_losses(folder.metrics(), folder.path / "losses.png", recipe.name)
+    if is_first_process():
+        draw_losses(folder.metrics(), folder.path / "losses.png", recipe.name)
     return _summary(recipe, folder, counts, time.monotonic() - start)
 
 
@@ -200,7 +202,7 @@ def _train_language(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
     if any(name.startswith("language_model_") for name in recipe.trains):
         add_lora(model, recipe.lora, "language_model_norms" in recipe.trains)
     counts = select_parts(model, recipe.trains)
-    if "language_model" in recipe.trains:
+    if changes_base(model):
         model.config.language_model = None
     if uses_bf16(recipe):
         cast_frozen(model)
@@ -228,6 +230,14 @@ def _train_language(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
                 save_file(regularizer.state_dict(), temporary / PROJECTOR_FILE)
     trainer.accelerator.wait_for_everyone()
     return counts
+
+
+def changes_base(model: PointAlignForConditionalGeneration) -> bool:
+    """Whether training changes language model weights outside its adapter, so that a checkpoint must hold them."""
+    return any(
+        parameter.requires_grad and ".lora_" not in name and ".modules_to_save." not in name
+        for name, parameter in model.language_model.named_parameters()
+    )
 
 
 def cast_frozen(model: PointAlignForConditionalGeneration) -> None:

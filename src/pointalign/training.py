@@ -35,12 +35,19 @@ PARTS: dict[str, Callable[[str], bool]] = {
     "connector": lambda name: name.startswith("connector."),
     "language_model": lambda name: name.startswith("language_model.") and ".lora_" not in name,
     "language_model_lora": lambda name: name.startswith("language_model.") and ".lora_" in name,
-    "language_model_norms": lambda name: ".modules_to_save." in name and name.endswith("weight"),
+    "language_model_norms": lambda name: (
+        name.startswith("language_model.")
+        and _is_norm(name)
+        and name.endswith("weight")
+        and ".original_module." not in name
+    ),
+    "query_router": lambda name: name.startswith("connector.query_router."),
 }
 
 
 def _is_norm(name: str) -> bool:
-    return "norm" in name.lower().rsplit(".", 2)[-2]
+    """Whether a parameter belongs to a normalisation layer, inside peft's copy of it or not."""
+    return "norm" in name.lower().partition(".modules_to_save.")[0].removesuffix(".weight").rpartition(".")[2]
 
 
 def norm_modules(model: nn.Module) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -117,11 +117,11 @@ def test_smaller_fractions_lie_inside_larger_ones():
     ids = [f"object-{i}" for i in range(200)]
     kept = [keep_fraction(ids, fraction) for fraction in (0.001, 0.1, 0.5, 1.0)]
     assert [len(k) for k in kept] == [1, 20, 100, 200]
-    assert all(a < b for a, b in zip(kept[:-1], kept[1:], strict=True))
+    assert all(a < b for a, b in pairwise(kept))
     assert keep_fraction(reversed(ids * 2), 0.1) == kept[1]
     assert kept[1] != set(ids[:20])
     for fraction in (0, -0.1, 1.5, float("nan")):
-        with pytest.raises(ConfigError, match="data.fraction"):
+        with pytest.raises(ConfigError, match=r"data\.fraction"):
             keep_fraction(ids, fraction)
 
 

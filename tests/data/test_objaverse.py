@@ -48,7 +48,7 @@ def test_the_fingerprint_changes_with_the_files(folder):
 def test_folders_without_clouds(tmp_path):
     with pytest.raises(DataError, match=r"no folder .*nowhere"):
         NumpyClouds(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="holds no {object_id}_8192.npy file"):
+    with pytest.raises(DataError, match=r"holds no \{object_id\}_8192\.npy file"):
         NumpyClouds(tmp_path)
 
 

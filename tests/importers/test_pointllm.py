@@ -103,6 +103,9 @@ def test_shards_of_half_precision_pickles(folder, expected):
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(CheckpointError, match="found no weights at"):
         import_pointllm(folder, **SIZES)
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no weight_map"):
+        import_pointllm(folder, **SIZES)
 
 
 def test_prompt_of_a_folder_with_tokenizer(folder):

@@ -73,7 +73,10 @@ def has_weights(folder: Path) -> bool:
 def _read_folder(folder: Path) -> dict[str, Tensor]:
     for name in INDEX_FILES:
         if (folder / name).is_file():
-            shards = sorted(set(read_json(folder / name)["weight_map"].values()))
+            weight_map = read_json(folder / name).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{folder / name} has no weight_map; copy it again")
+            shards = sorted(set(weight_map.values()))
             return {key: tensor for shard in shards for key, tensor in read_weights(folder / shard).items()}
     for name in WHOLE_FILES:
         if (folder / name).is_file():

