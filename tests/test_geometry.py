@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pointalign import geometry
 from pointalign.errors import DataError
 from pointalign.geometry import (
     farthest_point_sample,
@@ -79,7 +80,9 @@ def test_equally_far_points_are_taken_by_lowest_index():
     assert farthest_point_sample(square[None], 5)[0].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_clouds_of_a_batch_do_not_mix():
+@pytest.mark.parametrize("values_at_once", [1, 80, 10**6])
+def test_clouds_of_a_batch_do_not_mix(monkeypatch, values_at_once):
+    monkeypatch.setattr(geometry, "CACHED_VALUES", values_at_once)
     clouds = torch.randn(3, 40, 3, generator=torch.Generator().manual_seed(0))
     together = farthest_point_sample(clouds, 17)
     for cloud, row in zip(clouds, together, strict=True):

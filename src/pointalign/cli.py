@@ -14,7 +14,6 @@ import tyro
 from pointalign import __version__
 from pointalign.config import Recipe, load_recipe, recipe_names
 from pointalign.errors import PointAlignError
-from pointalign.run_folder import is_first_process
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -167,6 +166,8 @@ def _run(given: list[str], debug: bool) -> int:
         where = f" {error.filename}" if error.filename else ""
         print(f"pointalign: {error.strerror or error}{where}; check the path and the free space", file=sys.stderr)
         return EXIT_FAILED
+    from pointalign.run_folder import is_first_process
+
     if is_first_process():
         print(json.dumps(result))
     return 0

@@ -77,7 +77,8 @@ def farthest_point_sample(xyz: Tensor, num_samples: int, start: int = 0) -> Tens
 
 def _farthest_on_cpu(xyz: Tensor, num_samples: int, start: int) -> Tensor:
     """The same choice in numpy: thousands of tiny steps, each too small to be worth torch's thread pool."""
-    columns = np.ascontiguousarray(xyz.detach().transpose(1, 2).numpy())
+    exact = xyz.detach() if xyz.dtype == torch.float64 else xyz.detach().float()
+    columns = np.ascontiguousarray(exact.transpose(1, 2).numpy())
     batch, _, count = columns.shape
     chosen = np.full((batch, num_samples), start, dtype=np.int64)
     at_once = max(CACHED_VALUES // count, 1)

@@ -34,6 +34,7 @@ def evaluate(model: str | Path, out: str | Path, limit: int | None = None) -> di
         raise DataError(f"--limit {limit} leaves no object; give 1 or more")
     processor = load_processor(str(model))
     loaded = PointAlignForConditionalGeneration.from_pretrained(model)
+    loaded.merge_adapters()
     objects = load_household("test")[:limit]
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import initialization
@@ -215,16 +214,6 @@ def attach_lora(
     except RuntimeError as error:
         raise CheckpointError(f"the LoRA of {part} does not fit: {str(error).splitlines()[-1].strip()}") from error
     setattr(owner, attribute, adapted)
-
-
-def merge_lora(model: PointAlignForConditionalGeneration) -> None:
-    """Add every LoRA of a model to the weights it adapts; the logits stay the same up to rounding."""
-    for part in ADAPTED_PARTS:
-        parent, _, attribute = part.rpartition(".")
-        owner = model.get_submodule(parent)
-        module: Any = getattr(owner, attribute, None)
-        if isinstance(module, PeftModel):
-            setattr(owner, attribute, module.merge_and_unload())
 
 
 def take_alignment_projector(weights: WeightStack) -> AlignmentProjector | None:

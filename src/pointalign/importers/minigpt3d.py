@@ -20,7 +20,6 @@ from pointalign.importers.assembly import (
     LoraScale,
     assemble,
     count_layers,
-    merge_lora,
     mlp_widths,
     point_encoder_config,
     point_encoder_name,
@@ -268,7 +267,7 @@ def load_minigpt3d(
     scales = {"connector.qformer": LoraScale(None, 0.1), "language_model": LoraScale(lora_alpha, 0.05)}
     model, report = assemble(config, weights, scales, allow_missing, dtype)
     if merge:
-        merge_lora(model)
+        model.merge_adapters()
     generation: Any = model.generation_config
     generation.eos_token_id, generation.suppress_tokens = stop_token_ids(vocabulary), [config.point_token_id]
     return Imported(model, build_processor(config, vocabulary, token, num_points), projector, report)

@@ -17,7 +17,6 @@ from pointalign.importers.assembly import (
     Imported,
     LoraScale,
     assemble,
-    merge_lora,
     mlp_widths,
     point_encoder_config,
     point_encoder_name,
@@ -126,7 +125,7 @@ def load_pointllm(
     processor = _build_processor(path, values, config, num_points)
     model, report = assemble(config, weights, {"language_model": LoraScale(lora_alpha, 0.05)}, allow_missing, dtype)
     if merge:
-        merge_lora(model)
+        model.merge_adapters()
     return Imported(model, processor, None, report)
 
 

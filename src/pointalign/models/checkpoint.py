@@ -217,6 +217,15 @@ def attach_adapter(model: nn.Module, part: str, path: Path, is_trainable: bool) 
     setattr(_part(model, parent) if parent else model, attribute, adapted)
 
 
+def merge_adapters(model: nn.Module) -> bool:
+    """Fold adapters into the parts they adapt; tells whether the language model had one."""
+    adapted = [part for part in ADAPTED_PARTS if isinstance(_part(model, part), PeftModel)]
+    for part in adapted:
+        parent, _, attribute = part.rpartition(".")
+        setattr(_part(model, parent) if parent else model, attribute, _part(model, part).merge_and_unload())
+    return "language_model" in adapted
+
+
 def fit_embeddings(language_model: Any, rows: int) -> None:
     """Grow the token embedding to a number of rows; the new rows are zero, so that they are the same every time."""
     old = language_model.get_input_embeddings().weight.shape[0]

@@ -23,7 +23,7 @@ from transformers.utils.generic import ModelOutput
 
 import pointalign.models.phi  # noqa: F401  (a saved model may hold the variant, which transformers must know)
 from pointalign.errors import DataError
-from pointalign.models.checkpoint import load_own_weights, save_own_weights
+from pointalign.models.checkpoint import load_own_weights, merge_adapters, save_own_weights
 from pointalign.models.connector import ConnectorConfig, QFormerConnector, build_connector
 from pointalign.models.point_encoder import PointEncoder, PointEncoderConfig
 
@@ -111,8 +111,8 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A language model that reads coloured point clouds.
 
     `input_ids` hold `config.point_token_id` once per point token; the clouds' tokens take those places in order, whatever
-    the prompt, the padding side or the number of clouds. Modules without a trainable weight stay in evaluation mode while
-    the model trains, so that frozen parts compute what they will compute later.
+    the prompt, the padding side or the number of clouds. Before the language model, modules without a trainable weight
+    stay in evaluation mode while the model trains, so that frozen parts compute what they will compute later.
     """
 
     config_class = PointAlignConfig
@@ -187,6 +187,15 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             qformer_output=connected.qformer_output,
             point_tokens=connected.point_tokens,
         )
+
+    def merge_adapters(self) -> None:
+        """Fold every LoRA into the weights it adapts: the same answers without the adapter's work.
+
+        The language model then differs from the one that `config.language_model` names, so it is forgotten and a saved
+        folder holds all weights.
+        """
+        if merge_adapters(self):
+            self.config.language_model = None
 
     def embed_inputs(self, input_ids: Tensor, point_tokens: Tensor | None = None) -> Tensor:
         """Token embeddings with the clouds' tokens at the placeholders.
