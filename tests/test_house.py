@@ -158,11 +158,11 @@ def text_of(path):
 
 
 def registry_hosts():
-    """Hosts of the package indexes that this machine is set up with, other than the public one."""
+    """Hosts of the package indexes that this machine is set up with."""
     run = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False)
     told = run.stdout + "\n".join(value for name, value in os.environ.items() if "INDEX" in name)
     hosts = {urlsplit(url).hostname for url in re.findall(r"https?://[^\s'\",]+", told)}
-    return {host for host in hosts if host and host not in ("pypi.org", "pypi.python.org", "files.pythonhosted.org")}
+    return {host for host in hosts if host}
 
 
 MACHINE_PATH = re.compile(r"(?<![\w.$}/~-])/(?:" + "|".join(("work", "tmp", "root")) + r")(?:/|\b)(?![\w-]*\()")

@@ -74,8 +74,6 @@ class ModelSettings:
 
     start_from: str | None = None
     """Folder or Hub id of a PointAlign checkpoint; when given, the sizes below are its own."""
-    point_encoder_from: str | None = None
-    """Folder of a trained point encoder to put into a newly built model."""
     language_model: str = "smollm2-135m"
     """Name, Hub id or folder of the language model."""
     point_token: str | None = None
@@ -184,7 +182,7 @@ class Recipe:
     name: str = "run"
     """Shown in logs and reports."""
     stage: Stage = "language"
-    """`encoder` trains the point encoder against caption embeddings; `language` trains by next-token loss."""
+    """`encoder` ties point encoder and connector to captions; `language` trains by next-token loss."""
     trains: list[str] = field(default_factory=lambda: ["language_model_lora", "language_model_norms"])
     """Parts that train; everything else is frozen. See `pointalign.training.PARTS`."""
     model: ModelSettings = field(default_factory=ModelSettings)

@@ -1,7 +1,9 @@
-"""Training the point encoder: clouds and the embeddings of their captions are drawn together, ULIP style."""
+"""Training the point encoder and the connector on captions alone, before any language model reads their tokens."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,50 +13,96 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers.utils.generic import ModelOutput
 
-from pointalign.config import DataSet, Recipe
+from pointalign.config import Recipe
 from pointalign.data.conversations import Conversation, MixtureBatchSampler
 from pointalign.data.sources import open_training_data
-from pointalign.errors import ConfigError
+from pointalign.errors import ConfigError, DataError
 from pointalign.geometry import normalize_point_cloud
-from pointalign.models.checkpoint import written_whole
-from pointalign.models.point_encoder import PointEncoder, PointEncoderConfig
+from pointalign.models.point_encoder import PointEncoder
+from pointalign.models.pointalign import PointAlignForConditionalGeneration
+from pointalign.models.processing import PointAlignProcessor
 from pointalign.run_folder import RunFolder
 from pointalign.run_loop import run_trainer
 from pointalign.sentence_embedding import embed_sentences
 from pointalign.training import RecipeTrainer
 
 TARGET_TEMPERATURE = 0.05
+TEMPLATE_SHARE = 0.15
+NORM_WEIGHT = 0.1
 
 
 class PointTextContrast(nn.Module):
-    """Point encoder, a linear onto the text embedding's width, and the contrastive loss.
+    """Two losses that tie clouds to their captions before a language model reads them.
+
+    Contrast: the point encoder's pooled features and the caption's sentence embedding find each other in the batch.
+    Words: for each of the caption's own tokens some point token points at its row of the language model's embedding, so
+    that the language model can read the point tokens from its first step on.
 
     Args:
-        encoder: what is trained.
-        text_size: width of the text embeddings.
+        encoder: the point encoder.
+        connector: point features to point tokens.
+        text_size: width of the sentence embeddings.
+        words: (M, D_llm), the language model's embedding of every token that the captions use.
 
-    Source: ULIP-2 (arXiv 2305.08275), point-text term; soft targets from the texts' own similarity, because many objects
-    of a small set share their caption's meaning.
+    Source: contrast after ULIP-2 (arXiv 2305.08275), with soft targets from the texts' own similarity, because many objects
+    of a small set share their caption's meaning; words are our own, after BLIP-2's (arXiv 2301.12597) soft prompts.
     """
 
-    def __init__(self, encoder: PointEncoder, text_size: int) -> None:
+    def __init__(self, encoder: PointEncoder, connector: nn.Module, text_size: int, words: Tensor) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.connector = encoder, connector
         self.projection = nn.Linear(2 * encoder.config.hidden_size, text_size)
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.contrast_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.word_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.words: Tensor
+        self.register_buffer("words", F.normalize(words.float(), dim=-1), persistent=False)
+        self.word_norm = float(words.float().norm(dim=-1).mean())
 
-    def embed(self, point_clouds: Tensor) -> Tensor:
-        """(B, N, C) to unit vectors (B, text_size), from the class token and the maximum over the groups."""
+    def forward(self, point_clouds: Tensor, text_embeddings: Tensor, caption_words: Tensor) -> ModelOutput:
+        """Losses of one batch.
+
+        Args:
+            point_clouds: (B, N, C).
+            text_embeddings: (B, text_size), unit vectors.
+            caption_words: (B, M), how much each token counts in each caption; rows sum to 1.
+
+        Returns:
+            `contrastive_loss` and `word_loss`, scalars.
+        """
         features = self.encoder(point_clouds)
         pooled = torch.cat([features[:, 0], features[:, 1:].amax(dim=1)], dim=-1)
-        return F.normalize(self.projection(pooled).float(), dim=-1)
-
-    def forward(self, point_clouds: Tensor, text_embeddings: Tensor) -> ModelOutput:
-        """Symmetric contrastive loss of B clouds (B, N, C) and their unit text vectors (B, text_size)."""
-        logits = self.log_scale.exp().clamp(max=100) * self.embed(point_clouds) @ text_embeddings.T
+        embedded = F.normalize(self.projection(pooled).float(), dim=-1)
+        logits = self.contrast_scale.exp().clamp(max=100) * embedded @ text_embeddings.T
         targets = (text_embeddings @ text_embeddings.T / TARGET_TEMPERATURE).softmax(dim=-1)
-        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-        return ModelOutput(loss=loss)
+        contrast = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        tokens = self.connector(features).point_tokens.float()
+        found = (F.normalize(tokens, dim=-1) @ self.words.T).amax(dim=1)
+        words = F.cross_entropy(self.word_scale.exp().clamp(max=100) * found, caption_words)
+        norms = (tokens.norm(dim=-1) / self.word_norm - 1).square().mean()
+        return ModelOutput(contrastive_loss=contrast, word_loss=words + NORM_WEIGHT * norms)
+
+
+def caption_words(captions: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Which tokens make each caption, without those that most captions share.
+
+    Args:
+        captions: n texts.
+        tokenizer: the language model's.
+
+    Returns:
+        Token ids (M,), and weights (n, M) whose rows sum to 1: rarer tokens weigh more (inverse document frequency).
+    """
+    bags = [set(tokenizer(" " + caption, add_special_tokens=False)["input_ids"]) for caption in captions]
+    counts = Counter(token for bag in bags for token in bag)
+    kept = sorted(token for token, count in counts.items() if count <= TEMPLATE_SHARE * len(captions))
+    if not kept:
+        raise DataError("all captions have the same words, so there is nothing to tell clouds apart by")
+    column = {token: number for number, token in enumerate(kept)}
+    weights = torch.zeros(len(captions), len(kept))
+    for row, bag in zip(weights, bags, strict=True):
+        for token in bag & column.keys():
+            row[column[token]] = math.log(len(captions) / counts[token])
+    return torch.tensor(kept), weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
 
 
 def augment(points: Tensor, generator: torch.Generator) -> Tensor:
@@ -88,29 +136,27 @@ def augment(points: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class CloudTextDataset(Dataset):
-    """Clouds and their captions' embeddings.
+    """Augmented clouds with what belongs to their captions.
 
     Args:
-        object_ids: the objects.
         clouds: (n, N, 6).
-        text_embeddings: (n, D).
-        seed: of the augmentation, which depends on the seed, the object and how often it was drawn.
+        texts: tensors with one row per cloud.
+        seed: of the augmentation, which depends on the seed, the object and the step alone.
     """
 
-    def __init__(self, object_ids: Sequence[str], clouds: Tensor, text_embeddings: Tensor, seed: int) -> None:
-        self.object_ids, self.clouds, self.text_embeddings = list(object_ids), clouds, text_embeddings
-        self.seed = seed
+    def __init__(self, clouds: Tensor, texts: Mapping[str, Tensor], seed: int) -> None:
+        self.clouds, self.texts, self.seed = clouds, texts, seed
 
     def __len__(self) -> int:
-        return len(self.object_ids)
+        return len(self.clouds)
 
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Tensor]:
-        """The sample of (object number, draw number)."""
-        number, draw = index
-        generator = torch.Generator().manual_seed(hash((self.seed, number, draw)) % 2**63)
+        """The sample of (object number, step)."""
+        number, step = index
+        generator = torch.Generator().manual_seed(hash((self.seed, number, step)) % 2**63)
         return {
             "point_clouds": augment(self.clouds[number], generator),
-            "text_embeddings": self.text_embeddings[number],
+            **{name: tensor[number] for name, tensor in self.texts.items()},
         }
 
 
@@ -123,7 +169,7 @@ class _NumberedBatches(MixtureBatchSampler):
 
 
 class ContrastTrainer(RecipeTrainer):
-    """The contrastive loss under a recipe's optimiser and batches."""
+    """Contrast and words under a recipe's optimiser and batches."""
 
     def compute_loss(
         self,
@@ -132,10 +178,11 @@ class ContrastTrainer(RecipeTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The batch's loss; logged as `contrastive_loss`."""
+        """The batch's loss; `contrastive_loss` and `word_loss` are logged apart."""
         outputs = model(**inputs)
-        loss = outputs.loss / self.settings.gradient_accumulation
-        self.add_to_log(contrastive_loss=loss)
+        losses = {name: loss / self.settings.gradient_accumulation for name, loss in outputs.items()}
+        self.add_to_log(**losses)
+        loss = losses["contrastive_loss"] + losses["word_loss"]
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -145,11 +192,12 @@ class ContrastTrainer(RecipeTrainer):
 
 
 def captions_by_object(conversations: Sequence[Conversation]) -> dict[str, str]:
-    """The longest first answer about each object, as what its cloud is drawn to."""
+    """The shortest first answer about each object: what it is, without what varies in telling it."""
     captions: dict[str, str] = {}
     for conversation in conversations:
         answer = next(str(m["content"]) for m in conversation.messages if m["role"] == "assistant")
-        if len(answer) > len(captions.get(conversation.object_id, "")):
+        known = captions.setdefault(conversation.object_id, answer)
+        if len(answer) < len(known):
             captions[conversation.object_id] = answer
     return captions
 
@@ -158,41 +206,47 @@ def _collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
-def train_encoder(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
-    """Train a point encoder and write it into the run's `model` folder.
+def train_encoder(
+    recipe: Recipe, folder: RunFolder, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor
+) -> RecipeTrainer:
+    """Train the point encoder and the connector against captions.
+
+    Args:
+        recipe: with one entry in `data.sets`.
+        folder: the run's.
+        model: whose point encoder and connector train; the language model only lends its token embedding.
+        processor: its processor.
 
     Returns:
-        Number of trained weights.
+        The trainer, at its end.
 
     Raises:
-        ConfigError: when the recipe mixes several sets; an encoder learns from one.
+        ConfigError: when the recipe mixes several sets; this stage learns from one.
     """
     if len(recipe.data.sets) != 1:
         raise ConfigError("stage encoder takes one entry in data.sets; name its types and batch_size there")
     clouds, conversations = open_training_data(recipe.data)
     captions = captions_by_object(conversations)
     object_ids = sorted(captions)
-    points = torch.stack([torch.as_tensor(clouds[name])[: recipe.model.num_points] for name in object_ids])
+    points = torch.stack([processor.prepare_points(clouds[name]) for name in object_ids])
     texts = torch.from_numpy(embed_sentences([captions[name] for name in object_ids]))
-    encoder = PointEncoder(PointEncoderConfig(**vars(recipe.model.point_encoder)))
-    model = PointTextContrast(encoder, texts.shape[1])
-    dataset = CloudTextDataset(object_ids, normalize_point_cloud(points.float()), texts, recipe.seed)
-    sets = [DataSet(recipe.data.sets[0].types, 1.0, recipe.data.sets[0].batch_size)]
+    tokens, weights = caption_words([captions[name] for name in object_ids], processor.tokenizer)
+    words = model.get_input_embeddings()(tokens).detach().float()
+    contrast = PointTextContrast(model.point_encoder, model.connector, texts.shape[1], words)
+    dataset = CloudTextDataset(points, {"text_embeddings": texts, "caption_words": weights}, recipe.seed)
     members = [range(len(object_ids))]
-    trainer = run_trainer(
+    return run_trainer(
         recipe,
         folder,
         lambda arguments, callbacks: ContrastTrainer(
-            batches=lambda count, rank, world: _NumberedBatches(members, sets, count, recipe.seed, rank, world),
+            batches=lambda count, rank, world: _NumberedBatches(
+                members, recipe.data.sets, count, recipe.seed, rank, world
+            ),
             settings=recipe.optimizer,
-            model=model,
+            model=contrast,
             args=arguments,
             train_dataset=dataset,
             data_collator=_collate,
             callbacks=callbacks,
         ),
     )
-    if trainer.is_world_process_zero():
-        with written_whole(folder.model) as temporary:
-            encoder.save_pretrained(temporary)
-    return {"point_encoder": sum(parameter.numel() for parameter in encoder.parameters())}

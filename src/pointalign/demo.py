@@ -28,7 +28,7 @@ def demo_recipes(out: Path, fast: bool) -> dict[str, Recipe]:
     """
     encoder = load_recipe("household-encoder")
     pretrain = load_recipe("household-pretrain")
-    pretrain.model.point_encoder_from = str(out / "encoder" / "model")
+    pretrain.model.start_from = str(out / "encoder" / "model")
     aligned = load_recipe("household-align")
     aligned.model.start_from = str(out / "pretrain" / "model")
     aligned.name = "aligned"

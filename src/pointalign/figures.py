@@ -11,7 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-LOSSES = {"lm_loss": "next-token loss", "alignment_loss": "alignment loss", "contrastive_loss": "contrastive loss"}
+LOSSES = {
+    "lm_loss": "next-token loss",
+    "alignment_loss": "alignment loss",
+    "contrastive_loss": "contrastive loss",
+    "word_loss": "word loss",
+}
 
 
 def save_figure(figure: Figure, path: Path) -> None:

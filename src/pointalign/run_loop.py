@@ -78,7 +78,11 @@ class RunCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
-        self.last_losses = "  ".join(f"{k} {logs[k]:.3f}" for k in ("lm_loss", "alignment_loss", "loss") if k in logs)
+        self.last_losses = "  ".join(
+            f"{k} {logs[k]:.3f}"
+            for k in ("lm_loss", "alignment_loss", "contrastive_loss", "word_loss", "loss")
+            if k in logs
+        )
         self.folder.add_metrics({"step": state.global_step, **logs})
 
 

@@ -15,20 +15,21 @@ from torch import Tensor
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from pointalign.alignment import AlignmentRegularizer
 from pointalign.config import ModelSettings, Recipe
 from pointalign.contrastive import train_encoder
 from pointalign.data.conversations import ConversationDataset, PointCloudSource
 from pointalign.data.features import FeatureCache, weights_fingerprint
 from pointalign.data.sources import open_training_data
 from pointalign.figures import draw_losses
-from pointalign.models.checkpoint import fit_embeddings, load_into, load_weights_file, written_whole
+from pointalign.models.checkpoint import fit_embeddings, written_whole
 from pointalign.models.language_model import cache_dir, load_language_model, load_tokenizer
 from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
 from pointalign.models.processing import PointAlignProcessor, choose_point_token, load_processor
 from pointalign.progress import progress
 from pointalign.run_folder import RunFolder, is_first_process
 from pointalign.run_loop import run_trainer, uses_bf16
-from pointalign.training import add_lora, build_trainer, select_parts
+from pointalign.training import RecipeTrainer, add_lora, build_regularizer, build_trainer, select_parts
 
 PROJECTOR_FILE = "alignment_projector.safetensors"
 ENCODE_BATCH = 16
@@ -58,9 +59,6 @@ def build_model(settings: ModelSettings) -> tuple[PointAlignForConditionalGenera
     generation = language_model.generation_config
     generation.suppress_tokens = [config.point_token_id]
     model.generation_config = generation
-    if settings.point_encoder_from is not None:
-        path = Path(settings.point_encoder_from) / "model.safetensors"
-        load_into(model.point_encoder, load_weights_file(path), path)
     processor = PointAlignProcessor(
         tokenizer,
         num_points=settings.num_points,
@@ -181,7 +179,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
         return _summary(recipe, folder, None, 0.0)
     start = time.monotonic()
     set_seed(recipe.seed)
-    counts = train_encoder(recipe, folder) if recipe.stage == "encoder" else _train_language(recipe, folder)
+    counts = _train(recipe, folder)
     if is_first_process():
         draw_losses(folder.metrics(), folder.path / "losses.png", recipe.name)
     return _summary(recipe, folder, counts, time.monotonic() - start)
@@ -196,29 +194,19 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
 
 
-def _train_language(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
-    clouds, conversations = open_training_data(recipe.data)
+def _train(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
     model, processor = build_model(recipe.model)
     if any(name.startswith("language_model_") for name in recipe.trains):
         add_lora(model, recipe.lora, "language_model_norms" in recipe.trains)
     counts = select_parts(model, recipe.trains)
     if changes_base(model):
         model.config.language_model = None
-    if uses_bf16(recipe):
-        cast_frozen(model)
-    target = recipe.alignment.target if recipe.alignment.weight else None
-    fields = frozen_fields(recipe.trains, target) if recipe.cache_features else ()
-    points: Any = PreparedClouds(clouds, processor)
-    if fields:
-        object_ids = sorted({conversation.object_id for conversation in conversations})
-        points = cached_features(model, processor, clouds, object_ids, fields)
-    dataset = ConversationDataset(conversations, processor, points, recipe.data.max_length)
-    trainer = run_trainer(
-        recipe,
-        folder,
-        lambda arguments, callbacks: build_trainer(model, processor, dataset, recipe, arguments, callbacks),
-    )
-    regularizer: Any = trainer.regularizer  # pyright: ignore[reportAttributeAccessIssue]
+    if recipe.stage == "encoder":
+        trainer, regularizer = train_encoder(recipe, folder, model, processor), None
+    else:
+        if uses_bf16(recipe):
+            cast_frozen(model)
+        trainer, regularizer = _train_language(recipe, folder, model, processor)
     if regularizer is not None:
         counts["alignment_projector"] = sum(p.numel() for p in regularizer.parameters())
         regularizer.detach()
@@ -230,6 +218,28 @@ def _train_language(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
                 save_file(regularizer.state_dict(), temporary / PROJECTOR_FILE)
     trainer.accelerator.wait_for_everyone()
     return counts
+
+
+def _train_language(
+    recipe: Recipe, folder: RunFolder, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor
+) -> tuple[RecipeTrainer, AlignmentRegularizer | None]:
+    clouds, conversations = open_training_data(recipe.data)
+    target = recipe.alignment.target if recipe.alignment.weight else None
+    fields = frozen_fields(recipe.trains, target) if recipe.cache_features else ()
+    points: Any = PreparedClouds(clouds, processor)
+    if fields:
+        object_ids = sorted({conversation.object_id for conversation in conversations})
+        points = cached_features(model, processor, clouds, object_ids, fields)
+    dataset = ConversationDataset(conversations, processor, points, recipe.data.max_length)
+    regularizer = build_regularizer(model, recipe.alignment, recipe.seed)
+    trainer = run_trainer(
+        recipe,
+        folder,
+        lambda arguments, callbacks: build_trainer(
+            model, processor, dataset, recipe, regularizer, arguments, callbacks
+        ),
+    )
+    return trainer, regularizer
 
 
 def changes_base(model: PointAlignForConditionalGeneration) -> bool:
@@ -256,5 +266,5 @@ def _summary(recipe: Recipe, folder: RunFolder, counts: dict[str, int] | None, s
         "steps": recipe.optimizer.max_steps,
         "trained": counts,
         "seconds": round(seconds, 1),
-        **{name: last[name] for name in ("lm_loss", "alignment_loss", "contrastive_loss") if name in last},
+        **{name: last[name] for name in ("lm_loss", "alignment_loss", "contrastive_loss", "word_loss") if name in last},
     }

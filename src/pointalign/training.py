@@ -375,12 +375,13 @@ def build_trainer(
     processor: Any,
     dataset: ConversationDataset,
     recipe: Recipe,
+    regularizer: AlignmentRegularizer | None,
     arguments: TrainingArguments,
     callbacks: list[Any],
 ) -> AlignmentTrainer:
-    """The trainer of a recipe's language stage, with the regulariser attached if the recipe asks for one."""
+    """The trainer of a recipe's language stage, with the regulariser that is attached to the model, if any."""
     return AlignmentTrainer(
-        regularizer=build_regularizer(model, recipe.alignment, recipe.seed),
+        regularizer=regularizer,
         target=recipe.alignment.target,
         batches=mixture(dataset, recipe),
         settings=recipe.optimizer,
