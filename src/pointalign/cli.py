@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -88,6 +88,46 @@ class BuildHousehold:
 
 
 @dataclass
+class ImportCheckpoint:
+    """Turn a published checkpoint into a folder that `from_pretrained` loads."""
+
+    family: tyro.conf.Positional[Literal["minigpt-3d", "pointllm"]]
+    """minigpt-3d (PointAlign's checkpoints too) or pointllm."""
+    sources: tyro.conf.Positional[list[str]]
+    """Files in the order they are applied, or PointLLM's one folder."""
+    out: Path
+    """Folder to write."""
+    language_model: str | None = None
+    """Folder or Hub id of Phi-2, or its configuration when the files hold all weights; minigpt-3d needs it."""
+    qformer: str | None = None
+    """Folder or configuration of the Q-Former."""
+    tokenizer: str | None = None
+    """Folder or Hub id of the tokenizer; the language model's when not given."""
+    num_groups: int = 512
+    """Local groups of each cloud."""
+    group_size: int = 32
+    """Points of each group."""
+    point_encoder_heads: int = 6
+    """Heads of the point encoder."""
+    lora_alpha: int = 16
+    """Scale of the language model's LoRA over its rank."""
+    num_points: int = 8192
+    """Points of each cloud."""
+    allow_missing: list[str] = field(default_factory=list)
+    """Names, beginnings or patterns of tensors that may be missing."""
+    merge: bool = False
+    """Add the LoRA to the weights instead of keeping it as adapters."""
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.importers.command import import_checkpoint
+
+        report = import_checkpoint(**vars(self))
+        for line in report.lines():
+            print(line, file=sys.stderr)
+        return {"out": str(self.out), **report.summary()}
+
+
+@dataclass
 class Recipes:
     """List the recipes that come with the package."""
 
@@ -97,7 +137,13 @@ class Recipes:
         return {"recipes": recipe_names()}
 
 
-VERBS: dict[str, Any] = {"train": Train, "evaluate": Evaluate, "demo": Demo, "recipes": Recipes}
+VERBS: dict[str, Any] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "demo": Demo,
+    "recipes": Recipes,
+    "import-checkpoint": ImportCheckpoint,
+}
 DATA_VERBS: dict[str, Any] = {"household": BuildHousehold}
 
 

@@ -1,7 +1,7 @@
 """What the released code does differently from the paper, as options for comparing with published numbers.
 
-Nothing here is on by default. `--as-released` switches on: the evaluation prompt (`with_released_prompt`), the text of
-one-turn training questions (`released_question`) and the positions of the alignment loss (`released_alignment_mask`).
+Nothing here is used by default: the evaluation prompt (`with_released_prompt`), the text of one-turn training questions
+(`released_question`) and the positions of the alignment loss (`released_alignment_mask`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from pointalign.alignment import AlignmentRegularizer, pool_target
 from pointalign.config import AlignmentSettings, LoraSettings, OptimizerSettings, Recipe
 from pointalign.data.conversations import Collator, ConversationDataset, MixtureBatchSampler
-from pointalign.errors import ConfigError, PointAlignError
+from pointalign.errors import CheckpointError, ConfigError, PointAlignError
 from pointalign.models.checkpoint import load_into, load_weights_file
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 
@@ -216,6 +217,15 @@ class RecipeTrainer(Trainer):
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_file(trained_state(self.accelerator.unwrap_model(self.model)), folder / TRAINABLE_FILE)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot write checkpoint {self.state.global_step} into {self.args.output_dir} "
+                f"({str(error).splitlines()[0]}); free some space and go on with --resume"
+            ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINABLE_FILE

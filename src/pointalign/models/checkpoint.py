@@ -55,7 +55,7 @@ def written_whole(target: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             temporary.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {target}: {error}; free some space or choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
