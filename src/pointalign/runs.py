@@ -103,19 +103,23 @@ class PreparedClouds:
         return {"point_clouds": self._ready[object_id]}
 
 
-def frozen_fields(trains: list[str], target: str | None) -> tuple[str, ...]:
+def frozen_fields(trains: list[str], target: str | None, has_qformer: bool) -> tuple[str, ...]:
     """Which features a run can read from a cache: what the frozen parts give, as far as training needs it.
+
+    The Q-Former's output is kept with and without alignment, so that a baseline and an aligned run share one cache.
 
     Args:
         trains: the recipe's parts.
         target: the alignment target, or None without alignment.
+        has_qformer: whether the connector has a Q-Former.
     """
     if any(name == "point_encoder" for name in trains):
         return ()
     if any(not name.startswith("language_model") for name in trains):
         return ("point_features",)
-    needed = {"qformer": "qformer_output", "point_encoder": "point_features"}.get(target or "")
-    return ("point_tokens", *((needed,) if needed else ()))
+    if target == "point_encoder":
+        return ("point_tokens", "point_features")
+    return ("point_tokens", "qformer_output") if has_qformer else ("point_tokens",)
 
 
 def cached_features(
@@ -225,7 +229,8 @@ def _train_language(
 ) -> tuple[RecipeTrainer, AlignmentRegularizer | None]:
     clouds, conversations = open_training_data(recipe.data)
     target = recipe.alignment.target if recipe.alignment.weight else None
-    fields = frozen_fields(recipe.trains, target) if recipe.cache_features else ()
+    has_qformer = model.config.connector_config.kind == "qformer"  # pyright: ignore
+    fields = frozen_fields(recipe.trains, target, has_qformer) if recipe.cache_features else ()
     points: Any = PreparedClouds(clouds, processor)
     if fields:
         object_ids = sorted({conversation.object_id for conversation in conversations})

@@ -7,17 +7,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pointalign.data.household import HouseholdObject, household_classes
-from pointalign.data.household_text import label_phrases, reference_caption
+from pointalign.data.household_phrases import CATEGORY_QUESTIONS
+from pointalign.data.household_text import reference_caption
 from pointalign.evaluation.answers import generate_answers
 from pointalign.evaluation.judges import label_log_likelihoods
 from pointalign.evaluation.metrics import caption_similarity, majority_rate, summarize
 
-CLASSIFICATION_QUESTION = "What is this?"
+ANSWER_QUESTION = "What is this?"
 CAPTION_QUESTION = "Caption this 3D model in detail."
-ANSWER_STEM = "This is"
+CLASS_QUESTION = CATEGORY_QUESTIONS[0]
+CLASS_STEM = "It belongs to the class:"
 MAX_ANSWER_TOKENS = 40
-MAX_CAPTION_TOKENS = 80
+MAX_CAPTION_TOKENS = 60
 SCORING_BATCH = 10
+ANSWERING_BATCH = 50
 
 
 @dataclass
@@ -65,17 +68,19 @@ def evaluate_household(
         One result per object, in order.
     """
     classes = household_classes()
-    labels = [f" {label_phrases()[name]}" for name in classes]
+    labels = [f" {name}" for name in classes]
     clouds = [thing.points for thing in objects]
     predicted, scores = [], []
     for start in range(0, len(clouds), SCORING_BATCH):
         batch = clouds[start : start + SCORING_BATCH]
-        best = label_log_likelihoods(model, processor, batch, CLASSIFICATION_QUESTION, ANSWER_STEM, labels).max(dim=1)
+        best = label_log_likelihoods(model, processor, batch, CLASS_QUESTION, CLASS_STEM, labels).max(dim=1)
         predicted += [classes[index] for index in best.indices.tolist()]
         scores += best.values.tolist()
         advance(len(batch))
-    answers = generate_answers(model, processor, clouds, CLASSIFICATION_QUESTION, MAX_ANSWER_TOKENS, advance=advance)
-    captions = generate_answers(model, processor, clouds, CAPTION_QUESTION, MAX_CAPTION_TOKENS, advance=advance)
+    answers, captions = (
+        generate_answers(model, processor, clouds, question, length, ANSWERING_BATCH, advance)
+        for question, length in ((ANSWER_QUESTION, MAX_ANSWER_TOKENS), (CAPTION_QUESTION, MAX_CAPTION_TOKENS))
+    )
     references = [reference_caption(thing) for thing in objects]
     similarities = caption_similarity(captions, references)
     return [

