@@ -44,10 +44,10 @@ def draw_losses(
     figure = Figure(figsize=(4.8 * len(names), 3.4), layout="constrained")
     figure.suptitle(title)
     for axes, name in zip(np.atleast_1d(np.asarray(figure.subplots(1, len(names)))), names, strict=True):
-        for run, lines in runs.items():
+        for number, (run, lines) in enumerate(runs.items()):
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:
-                axes.plot(*zip(*points, strict=True), label=run or None)
+                axes.plot(*zip(*points, strict=True), color=f"C{number}", label=run or None)
         axes.set_xlabel("step")
         axes.set_ylabel(LOSSES[name])
         axes.grid(alpha=0.3)

@@ -143,6 +143,8 @@ def cached_features(
             "fields": fields,
         },
     )
+    if cache.is_full:
+        return cache
     device = next(model.point_encoder.parameters()).device
     was_training = model.training
     model.eval()

@@ -13,7 +13,7 @@ from pointalign.alignment import AlignmentRegularizer
 from pointalign.config import LoraSettings
 from pointalign.errors import CheckpointError, DataError
 from pointalign.models.checkpoint import fit_embeddings, plain_state_dict
-from pointalign.models.pointalign import PointAlignForConditionalGeneration
+from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
 from pointalign.training import add_lora, select_parts
 
 POINT, PAD, Q = 259, 256, 5
@@ -207,6 +207,21 @@ def test_a_language_model_that_is_passed_in_keeps_its_weights(model):
     assert again.language_model is model.language_model
     for name, tensor in again.language_model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_a_language_model_that_is_wrapped_stays_causal(model):
+    """Wrapping a loaded model's configuration must not take its attention away: transformers would build no causal mask."""
+    language_model = model.language_model
+    config = PointAlignConfig(
+        point_encoder_config=model.config.point_encoder_config.to_dict(),
+        connector_config=model.config.connector_config.to_dict(),
+        text_config=language_model.config,
+        point_token_id=POINT,
+    )
+    wrapped = PointAlignForConditionalGeneration(config, language_model=language_model).eval()
+    first, second = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 7, 9]])
+    assert torch.equal(wrapped(first).logits[:, :3], wrapped(second).logits[:, :3])
+    assert wrapped.language_model.config._attn_implementation == "sdpa"
 
 
 def test_text_alone_is_the_language_model(model):

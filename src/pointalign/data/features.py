@@ -56,6 +56,11 @@ class FeatureCache:
         """Number of files the cache has when full."""
         return -(-len(self.object_ids) // SHARD_SIZE)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is left to compute."""
+        return all(self._path(shard).is_file() for shard in range(self.num_shards))
+
     def _path(self, shard: int) -> Path:
         return self.folder / f"features-{shard:05d}-of-{self.num_shards:05d}.safetensors"
 
