@@ -295,7 +295,7 @@ def test_the_encoder_stage_trains_resumes_and_feeds_a_model(start: Path, tmp_pat
     assert_same(first, second)
     batches = "point_encoder.group_encoder.norm1.num_batches_tracked"
     assert int(first[batches]) == int(load_file(start / "model.safetensors")[batches]) + 4
-    next_stage = tiny_recipe(tmp_path / "whole" / "model", optimizer={"max_steps": 1, "warmup_steps": 0})
+    next_stage = tiny_recipe(tmp_path / "whole" / "model", optimizer={"max_steps": 2, "warmup_steps": 0})
     assert train(next_stage, tmp_path / "next")["lm_loss"] > 0
 
 

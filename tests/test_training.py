@@ -119,8 +119,8 @@ def test_trained_weights_are_float32_and_frozen_ones_stay(adapted):
 def test_parts_that_are_not_there(model, build_model):
     with pytest.raises(ConfigError, match=r"unknown part 'lora'; known are point_encoder, point_mlp"):
         select_parts(model, ["lora"])
-    with pytest.raises(ConfigError, match="no weights in language_model_lora, language_model_norms"):
-        select_parts(model, ["language_model_lora", "point_mlp", "language_model_norms"])
+    with pytest.raises(ConfigError, match="no weights in language_model_lora, query_router"):
+        select_parts(model, ["language_model_lora", "point_mlp", "query_router"])
     with pytest.raises(ConfigError, match="no weights in qformer"):
         select_parts(build_model(kind="mlp"), ["qformer"])
 
