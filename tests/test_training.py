@@ -8,15 +8,12 @@ from peft import PeftModel
 
 from pointalign.config import AlignmentSettings, LoraSettings, OptimizerSettings
 from pointalign.errors import ConfigError
+from pointalign.parts import PARTS, add_lora, norm_modules, select_parts
 from pointalign.training import (
-    PARTS,
-    add_lora,
     alignment_target,
     build_regularizer,
     learning_rate_at,
-    norm_modules,
     parameter_groups,
-    select_parts,
     trained_state,
 )
 

@@ -47,11 +47,14 @@ class Evaluate:
     """Folder for the results; evaluation beside the model when not given."""
     limit: int | None = None
     """Only the first objects; all when not given."""
+    as_released: bool = False
+    """Ask with the released code's evaluation prompt (imported MiniGPT-3D and PointAlign models only)."""
 
     def run(self) -> dict[str, Any]:
         from pointalign.evaluation.run import evaluate
 
-        summary = evaluate(self.model, self.out or Path(self.model).parent / "evaluation", self.limit)
+        out = self.out or Path(self.model).parent / "evaluation"
+        summary = evaluate(self.model, out, self.limit, self.as_released)
         return {name: value for name, value in summary.items() if name != "objects"}
 
 

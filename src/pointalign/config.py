@@ -184,12 +184,14 @@ class Recipe:
     stage: Stage = "language"
     """`encoder` ties point encoder and connector to captions; `language` trains by next-token loss."""
     trains: list[str] = field(default_factory=lambda: ["language_model_lora", "language_model_norms"])
-    """Parts that train; everything else is frozen. See `pointalign.training.PARTS`."""
+    """Parts that train; everything else is frozen. See `pointalign.parts.PARTS`."""
     model: ModelSettings = field(default_factory=ModelSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     data: DataSettings = field(default_factory=DataSettings)
     alignment: AlignmentSettings = field(default_factory=AlignmentSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    as_released: bool = False
+    """Train as the released code does: its text of one-turn questions, its (wrong) positions of the alignment loss."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 where the device computes it natively, else fp32."""
     gradient_checkpointing: bool = False

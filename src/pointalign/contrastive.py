@@ -185,11 +185,6 @@ class ContrastTrainer(RecipeTrainer):
         loss = losses["contrastive_loss"] + losses["word_loss"]
         return (loss, outputs) if return_outputs else loss
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of one step; their losses are averaged."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        return batches, torch.tensor(len(batches), device=device)
-
 
 def captions_by_object(conversations: Sequence[Conversation]) -> dict[str, str]:
     """The shortest first answer about each object: what it is, without what varies in telling it."""

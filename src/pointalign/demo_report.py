@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pointalign.config import Recipe
 from pointalign.data.household import HouseholdObject
 from pointalign.figures import draw_cloud, draw_losses, save_figure
-from pointalign.run_folder import write_text
+from pointalign.storage import write_text
 
 SHOWN = 6
 

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pointalign.storage import written_file
+
 LOSSES = {
     "lm_loss": "next-token loss",
     "alignment_loss": "alignment loss",
@@ -21,10 +23,9 @@ LOSSES = {
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp.png")
     FigureCanvasAgg(figure)
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    with written_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def draw_losses(

@@ -1,19 +1,24 @@
 """What the released code does differently from the paper, as options for comparing with published numbers.
 
-Nothing here is used by default: the evaluation prompt (`with_released_prompt`), the text of one-turn training questions
-(`released_question`) and the positions of the alignment loss (`released_alignment_mask`).
+Nothing here is used by default: the evaluation prompt (`with_released_prompt`, by `pointalign evaluate --as-released`), the
+text of one-turn training questions (`released_messages`) and the positions of the alignment loss
+(`released_alignment_mask`), both by `pointalign train --as-released`.
 """
 
 from __future__ import annotations
 
 import copy
 import string
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pointalign.errors import ConfigError
+
 RELEASED_QUESTION_WORDS = 50
+RELEASED_POINT_SUFFIX = "</PC> "
 
 # The opening of the turn is written twice, as plain text, and there is no beginning-of-sequence token.
 RELEASED_CHAT_TEMPLATE = (
@@ -34,8 +39,16 @@ def with_released_prompt(processor: Any) -> Any:
     Returns:
         A copy; the processor itself keeps the prompt that the model was trained with.
 
+    Raises:
+        ConfigError: when the points stand elsewhere in this processor's prompt: the released one belongs to another model.
+
     Source: released code of PointAlign (arXiv 2603.00412), measured by running it.
     """
+    if processor.point_suffix != RELEASED_POINT_SUFFIX:
+        raise ConfigError(
+            "this model was not trained with points between <PC> and </PC>, so the released prompt is not its own; leave "
+            "--as-released out"
+        )
     changed = copy.copy(processor)
     changed.chat_template = RELEASED_CHAT_TEMPLATE
     return changed
@@ -52,6 +65,32 @@ def released_question(question: str) -> str:
     dropped = string.punctuation.replace("?", "")
     words = question.lower().translate(str.maketrans("", "", dropped)).split()
     return " ".join(words[:RELEASED_QUESTION_WORDS])
+
+
+def released_messages(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """A training conversation as the released code alters it; one of several turns stays as it is.
+
+    Args:
+        messages: as `PointAlignProcessor.encode` takes them.
+
+    Returns:
+        The messages, of one turn with its question as `released_question` has it and a blank behind it.
+
+    Source: released code of PointAlign (arXiv 2603.00412), measured by running it.
+    """
+    if sum(message["role"] == "user" for message in messages) != 1:
+        return messages
+    return [_released_message(message) if message["role"] == "user" else message for message in messages]
+
+
+def _released_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": released_question(content) + " "}
+    parts = [
+        {**part, "text": released_question(part["text"]) + " "} if part["type"] == "text" else part for part in content
+    ]
+    return {**message, "content": parts}
 
 
 def released_alignment_mask(labels: Tensor, num_point_tokens: int) -> Tensor:

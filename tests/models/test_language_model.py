@@ -12,22 +12,10 @@ from pointalign.errors import CheckpointError, MissingDependencyError
 from pointalign.models import language_model as module
 from pointalign.models.language_model import (
     EMBEDDED,
-    cache_dir,
     load_language_model,
     load_tokenizer,
     resolve_language_model,
 )
-
-
-def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("POINTALIGN_CACHE", str(tmp_path / "a"))
-    assert cache_dir() == tmp_path / "a"
-    monkeypatch.delenv("POINTALIGN_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert cache_dir() == tmp_path / "b" / "pointalign"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "c"))
-    assert cache_dir() == tmp_path / "c" / ".cache" / "pointalign"
 
 
 def test_other_names_are_left_alone():

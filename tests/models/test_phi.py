@@ -148,7 +148,7 @@ def test_saved_folder_loads_in_another_process(model, ids, tmp_path):
 
 
 def test_norms_are_found_for_training(model):
-    from pointalign.training import norm_modules
+    from pointalign.parts import norm_modules
 
     names = norm_modules(model)
     assert "model.layers.0.post_layernorm" in names

@@ -14,7 +14,7 @@ from pointalign.config import LoraSettings
 from pointalign.errors import CheckpointError, DataError
 from pointalign.models.checkpoint import fit_embeddings, plain_state_dict
 from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
-from pointalign.training import add_lora, select_parts
+from pointalign.parts import add_lora, select_parts
 
 POINT, PAD, Q = 259, 256, 5
 

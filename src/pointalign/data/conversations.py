@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,11 +133,19 @@ class ConversationDataset(Dataset):
         processor: turns messages into ids.
         points: from object id to a dict of tensors that the collator stacks (a cloud, or cached features).
         max_length: longest sample in tokens.
+        rewrite: changes the messages of each conversation before they become ids.
     """
 
-    def __init__(self, conversations: Sequence[Conversation], processor: Any, points: Any, max_length: int) -> None:
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        processor: Any,
+        points: Any,
+        max_length: int,
+        rewrite: Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]] = lambda messages: messages,
+    ) -> None:
         self.conversations = list(conversations)
-        self.processor, self.points, self.max_length = processor, points, max_length
+        self.processor, self.points, self.max_length, self.rewrite = processor, points, max_length, rewrite
         self._encoded: dict[int, dict[str, list[int]]] = {}
 
     def __len__(self) -> int:
@@ -151,7 +159,7 @@ class ConversationDataset(Dataset):
         """
         conversation = self.conversations[index]
         if index not in self._encoded:
-            encoded = self.processor.encode(conversation.messages)
+            encoded = self.processor.encode(self.rewrite(conversation.messages))
             if len(encoded["input_ids"]) > self.max_length:
                 raise DataError(
                     f"the conversation about {conversation.object_id} has {len(encoded['input_ids'])} tokens, more than "
@@ -232,27 +240,30 @@ class Collator:
 
     Args:
         processor: pads and knows the point token.
+        alignment_positions: from a batch's labels (B, L) to the positions that are aligned; the point tokens when not
+            given.
     """
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
+    def __init__(self, processor: Any, alignment_positions: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.processor, self.alignment_positions = processor, alignment_positions
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Samples of `ConversationDataset` as one batch.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, L); `logits_to_keep`, the positions whose next token is a label in
-            some row; `alignment_mask` (B, L), true at the point tokens; and each of the points' tensors, stacked.
+            some row; `alignment_mask` (B, L), true where hidden states are aligned; and each of the points' tensors, stacked.
         """
         ids = [sample["input_ids"] for sample in samples]
         input_ids = self.processor.pad(ids, side="right")
         labels = self.processor.pad([sample["labels"] for sample in samples], side="right", value=-100)
+        positions = self.alignment_positions
         batch = {
             "input_ids": input_ids,
             "attention_mask": self.processor.pad([[1] * len(row) for row in ids], side="right", value=0),
             "labels": labels,
             "logits_to_keep": (labels[:, 1:] != -100).any(dim=0).nonzero().flatten(),
-            "alignment_mask": input_ids == self.processor.point_token_id,
+            "alignment_mask": positions(labels) if positions else input_ids == self.processor.point_token_id,
         }
         clouds = [cloud for sample in samples for cloud in sample["points"]]
         if clouds:

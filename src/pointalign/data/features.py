@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pointalign.errors import DataError
+from pointalign.storage import written_file
 
 SHARD_SIZE = 256
 
@@ -91,14 +90,8 @@ class FeatureCache:
 
     def _write(self, shard: int, tensors: dict[str, Tensor]) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-            os.close(handle)
-            try:
+            with written_file(self._path(shard)) as temporary:
                 save_file(tensors, temporary)
-                os.replace(temporary, self._path(shard))
-            finally:
-                Path(temporary).unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise DataError(
                 f"cannot write the feature cache {self.folder}: {error}; free some space or set POINTALIGN_CACHE"

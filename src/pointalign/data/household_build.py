@@ -7,11 +7,10 @@ farthest-point order. Labels, families and with them the split come from a revie
 from __future__ import annotations
 
 import io
-import os
 import posixpath
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ from pointalign.data.household_catalog import (
 from pointalign.data.household_split import assign_splits
 from pointalign.errors import DataError
 from pointalign.geometry import farthest_point_sample, normalize_point_cloud
+from pointalign.storage import write_text, written_file
 
 NUM_SAMPLED = 8192
 FPS_BATCH = 8
@@ -66,7 +66,8 @@ def build_household(
         raise DataError(f"source and labels disagree on {len(missing)} objects, first {missing[0]}; use 1.8-1 of both")
     splits = assign_splits(table.values())
     clouds = [cloud for _, cloud in sample_catalog(source, entries)]
-    _write_atomically(out, lambda path: _write_parquet(path, entries, table, splits, clouds))
+    with written_file(Path(out)) as temporary:
+        _write_parquet(temporary, entries, table, splits, clouds)
     if notice is not None:
         _write_notice(notice, entries)
     counts = Counter(splits.values())
@@ -192,20 +193,8 @@ def _write_parquet(
     )
 
 
-def _write_atomically(out: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `out`, and rename it when that has gone well."""
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_notice(notice: str | Path, entries: Sequence[CatalogEntry]) -> None:
     """Rewrite the part of a NOTICE file from the line NOTICE_MARK on; what stands above it is kept."""
     path = Path(notice)
     above = path.read_text(encoding="utf-8").split(f"{NOTICE_MARK}\n")[0] if path.is_file() else ""
-    _write_atomically(path, lambda temporary: temporary.write_text(above + notice_text(entries), encoding="utf-8"))
+    write_text(path, above + notice_text(entries))

@@ -15,17 +15,20 @@ from pointalign.evaluation.benchmarks import evaluate_household, summarize_resul
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
 from pointalign.progress import progress
+from pointalign.released import with_released_prompt
+from pointalign.storage import write_text
 
 RESULTS_FILE = "results.json"
 
 
-def evaluate(model: str | Path, out: str | Path, limit: int | None = None) -> dict[str, Any]:
+def evaluate(model: str | Path, out: str | Path, limit: int | None = None, as_released: bool = False) -> dict[str, Any]:
     """Evaluate a model on the held-out household objects; the language model computes in bf16 where that is native.
 
     Args:
         model: folder or Hub id.
         out: folder for `results.json`, which holds every object's answers.
         limit: only so many objects, the first by id.
+        as_released: ask with the released code's evaluation prompt, see `with_released_prompt`.
 
     Returns:
         What `summarize_results` gives.
@@ -36,6 +39,8 @@ def evaluate(model: str | Path, out: str | Path, limit: int | None = None) -> di
     if limit is not None and limit < 1:
         raise DataError(f"--limit {limit} leaves no object; give 1 or more")
     processor = load_processor(str(model))
+    if as_released:
+        processor = with_released_prompt(processor)
     loaded = PointAlignForConditionalGeneration.from_pretrained(model)
     loaded.merge_adapters()
     if native_bf16():
@@ -46,7 +51,5 @@ def evaluate(model: str | Path, out: str | Path, limit: int | None = None) -> di
     with progress(f"evaluating {Path(model).parent.name}", 3 * len(objects)) as advance:
         results = evaluate_household(loaded, processor, objects, advance)
     summary = {"model": str(model), **summarize_results(results)}
-    temporary = folder / f".{RESULTS_FILE}.tmp"
-    temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / RESULTS_FILE)
+    write_text(folder / RESULTS_FILE, json.dumps(summary, indent=1) + "\n")
     return {**summary, "results": str(folder / RESULTS_FILE)}

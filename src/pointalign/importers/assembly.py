@@ -17,10 +17,11 @@ from transformers import initialization
 from pointalign.alignment import AlignmentProjector
 from pointalign.errors import CheckpointError, ConfigError
 from pointalign.importers.tensors import ImportReport, WeightStack, check_missing
-from pointalign.models.checkpoint import ADAPTED_PARTS, written_whole
+from pointalign.models.checkpoint import ADAPTED_PARTS
 from pointalign.models.point_encoder import PointEncoderConfig
 from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
 from pointalign.models.processing import PointAlignProcessor
+from pointalign.storage import written_folder
 
 PROJECTOR_FILE = "alignment_projector.safetensors"
 PROJECTOR_PREFIX = "alignment_projector."
@@ -254,7 +255,7 @@ def export(imported: Imported, out: str | Path, alignment_layer: int = 15) -> No
     out = Path(out)
     if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise CheckpointError(f"{out} holds files of its own; choose a new folder")
-    with written_whole(out) as temporary:
+    with written_folder(out) as temporary:
         imported.model.save_pretrained(temporary, self_contained=True)
         if imported.processor is not None:
             imported.processor.save_pretrained(temporary)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,42 +25,6 @@ WEIGHTS_FILE = "model.safetensors"
 def adapter_folder(part: str) -> str:
     """Name of the folder that holds a part's LoRA, as peft saves it."""
     return f"{part.rpartition('.')[2]}_adapter"
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the target's place when the block ends well, and vanishes when it does not.
-
-    Raises:
-        CheckpointError: when the folder cannot be written; an existing target is then left as it was.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {target}: {error.strerror}; choose a folder that can be written"
-        ) from error
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if target.exists():
-            old = temporary.with_name(temporary.name + "-old")
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {target}: {error}; free some space or choose another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:

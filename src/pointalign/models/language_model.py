@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from pointalign.errors import CheckpointError, MissingDependencyError
+from pointalign.storage import cache_dir, written_folder
 
 
 @dataclass(frozen=True)
@@ -37,41 +36,34 @@ EMBEDDED = {
 }
 
 
-def cache_dir() -> Path:
-    """Where converted models and computed features are kept: $POINTALIGN_CACHE, else the user's cache folder."""
-    if explicit := os.environ.get("POINTALIGN_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pointalign"
+def hub_is_off() -> bool:
+    """Whether HF_HUB_OFFLINE forbids asking the Hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _convert(source: Path, gguf_file: str, target: Path) -> None:
-    """Write the GGUF file's weights and tokenizer as plain safetensors and tokenizer.json, all or nothing."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+def installed_file(package: str, name: str) -> Path | None:
+    """A file or folder inside an installed package, or None where the package is not installed."""
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent / name if spec is not None and spec.origin is not None else None
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Write a GGUF file's weights and tokenizer as plain safetensors and tokenizer.json, all or nothing."""
+    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     progress_bar_was_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(temporary)
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file)
-        config = type(loaded.config).from_dict(
-            {
-                k: v
-                for k, v in loaded.config.to_dict().items()
-                if k not in ("quantization_config", "_model_name_or_path")
-            }
-        )
-        # A model loaded from GGUF saves nothing, so the same weights are put into an ordinary one.
-        plain = AutoModelForCausalLM.from_config(config)
-        plain.load_state_dict(loaded.state_dict())
-        plain.generation_config = loaded.generation_config
-        plain.save_pretrained(temporary)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
+        with written_folder(target, replace=False) as temporary:
+            AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+            loaded = AutoModelForCausalLM.from_pretrained(**source)
+            values = loaded.config.to_dict()
+            kept = {k: v for k, v in values.items() if k not in ("quantization_config", "_model_name_or_path")}
+            # A model loaded from GGUF saves nothing, so the same weights are put into an ordinary one.
+            plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(kept))
+            plain.load_state_dict(loaded.state_dict())
+            plain.generation_config = loaded.generation_config
+            plain.save_pretrained(temporary)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         if progress_bar_was_on:
             transformers_logging.enable_progress_bar()
 
@@ -97,11 +89,11 @@ def resolve_language_model(name: str) -> str:
     target = cache_dir() / "language_models" / f"{embedded.package}-{Path(embedded.gguf_file).stem}"
     if target.is_dir():
         return str(target)
-    spec = importlib.util.find_spec(embedded.package)
-    if spec is not None and spec.origin is not None:
-        _convert(Path(spec.origin).parent, embedded.gguf_file, target)
+    gguf = installed_file(embedded.package, embedded.gguf_file)
+    if gguf is not None:
+        _convert(gguf, target)
         return str(target)
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if hub_is_off():
         raise MissingDependencyError(
             f"language model {name!r} is not installed and HF_HUB_OFFLINE is set: run `{embedded.install}`, "
             f"or unset HF_HUB_OFFLINE to fetch {embedded.hub_id} from the Hub"

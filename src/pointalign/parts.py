@@ -1,0 +1,103 @@
+"""Who trains: the parts of a model that a recipe can name, and LoRA around its language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from pointalign.config import LoraSettings
+from pointalign.errors import ConfigError
+from pointalign.models.pointalign import PointAlignForConditionalGeneration
+
+# What a recipe's `trains` can name, and the parameters it means (PAPER terms; MiniGPT-3D's and PointAlign's stages).
+PARTS: dict[str, Callable[[str], bool]] = {
+    "point_encoder": lambda name: name.startswith("point_encoder."),
+    "point_mlp": lambda name: name.startswith("connector.point_mlp."),
+    "query_tokens": lambda name: name == "connector.query_tokens",
+    "qformer": lambda name: name.startswith("connector.qformer.") and ".lora_" not in name,
+    "qformer_lora": lambda name: name.startswith("connector.qformer.") and ".lora_" in name,
+    "qformer_norms": lambda name: name.startswith("connector.qformer.") and _is_norm(name) and name.endswith("weight"),
+    "language_projection": lambda name: name.startswith("connector.language_projection."),
+    "connector": lambda name: name.startswith("connector."),
+    "language_model": lambda name: name.startswith("language_model.") and ".lora_" not in name,
+    "language_model_lora": lambda name: name.startswith("language_model.") and ".lora_" in name,
+    "language_model_norms": lambda name: (
+        name.startswith("language_model.")
+        and _is_norm(name)
+        and name.endswith("weight")
+        and ".original_module." not in name
+    ),
+    "query_router": lambda name: name.startswith("connector.query_router."),
+}
+
+
+def _is_norm(name: str) -> bool:
+    """Whether a parameter belongs to a normalisation layer, inside peft's copy of it or not."""
+    return "norm" in name.lower().partition(".modules_to_save.")[0].removesuffix(".weight").rpartition(".")[2]
+
+
+def norm_modules(model: nn.Module) -> list[str]:
+    """Names, relative to the model, of its normalisation layers: modules whose own weights are all vectors.
+
+    Found by shape, so that LayerNorm and every model's own RMSNorm count, whatever they are called.
+    """
+    names = []
+    for name, module in model.named_modules():
+        weights = list(module.parameters(recurse=False))
+        if weights and "norm" in type(module).__name__.lower() and all(weight.ndim == 1 for weight in weights):
+            names.append(name)
+    return names
+
+
+def add_lora(model: PointAlignForConditionalGeneration, settings: LoraSettings, train_norms: bool) -> None:
+    """Put a new LoRA around the language model, unless it has one.
+
+    Norm weights that train are copied into the adapter (peft's `modules_to_save`), so that the saved adapter is complete
+    and the base model stays as it was.
+
+    Source: PointAlign (arXiv 2603.00412): r=64, alpha=16, dropout 0.05 on the attention's linears; norm weights train.
+    """
+    if isinstance(model.language_model, PeftModel):
+        return
+    model.language_model = get_peft_model(
+        model.language_model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=settings.target_modules,
+            modules_to_save=norm_modules(model.language_model) if train_norms else None,
+        ),
+    )
+
+
+def select_parts(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Let the named parts train and freeze everything else; trained weights are kept in float32.
+
+    Args:
+        model: the whole model.
+        names: keys of `PARTS`.
+
+    Returns:
+        Number of trained weights per name, each weight counted under the first name that means it.
+
+    Raises:
+        ConfigError: for an unknown name, or one that means no weight of this model.
+    """
+    counts: dict[str, int] = {}
+    for name in names:
+        if name not in PARTS:
+            raise ConfigError(f"trains: unknown part {name!r}; known are {', '.join(PARTS)}")
+        counts[name] = 0
+    for parameter_name, parameter in model.named_parameters():
+        owner = next((name for name in counts if PARTS[name](parameter_name)), None)
+        parameter.requires_grad_(owner is not None)
+        if owner is not None:
+            parameter.data = parameter.data.float()
+            counts[owner] += parameter.numel()
+    if empty := [name for name, count in counts.items() if not count]:
+        raise ConfigError(f"trains: this model has no weights in {', '.join(empty)}; leave the name out")
+    return counts

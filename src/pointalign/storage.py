@@ -1,0 +1,92 @@
+"""How files come to be on disk: whole or not at all; and where what can be computed again is kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from pointalign.errors import CheckpointError
+
+
+def cache_dir() -> Path:
+    """Where converted models and computed features are kept: $POINTALIGN_CACHE, else the user's cache folder."""
+    if explicit := os.environ.get("POINTALIGN_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pointalign"
+
+
+@contextmanager
+def written_file(target: Path) -> Iterator[Path]:
+    """A temporary path beside the target that takes its place when the block ends well, and vanishes when it does not.
+
+    The folder is made where it is missing; the temporary name ends as the target does.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{uuid.uuid4().hex[:12]}-{target.name}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with written_file(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_folder(target: Path, replace: bool = True) -> Iterator[Path]:
+    """A temporary folder that takes the target's place when the block ends well, and vanishes when it does not.
+
+    Args:
+        target: the folder to write.
+        replace: whether it takes the place of a folder that is there; else that one, which another process has written
+            meanwhile, stays.
+
+    Raises:
+        CheckpointError: when the folder cannot be written; an existing target is then left as it was.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror}; choose a folder that can be written"
+        ) from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        _move(temporary, target, replace)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {target}: {error}; free some space or choose another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(folder: Path, target: Path, replace: bool) -> None:
+    if replace and target.exists():
+        old = folder.with_name(folder.name + "-old")
+        target.rename(old)
+        folder.rename(target)
+        shutil.rmtree(old)
+        return
+    try:
+        folder.rename(target)
+    except OSError:
+        if replace or not target.is_dir():
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,60 @@
+"""Files that are written whole or not at all, and where the cache lies."""
+
+import pytest
+
+from pointalign.errors import CheckpointError
+from pointalign.storage import cache_dir, write_text, written_file, written_folder
+
+
+def fail_within(writing, write):
+    """Write half, then find the disk full."""
+    with writing as temporary:
+        write(temporary)
+        raise OSError("disk full")
+
+
+def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("POINTALIGN_CACHE", str(tmp_path / "a"))
+    assert cache_dir() == tmp_path / "a"
+    monkeypatch.delenv("POINTALIGN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert cache_dir() == tmp_path / "b" / "pointalign"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "c"))
+    assert cache_dir() == tmp_path / "c" / ".cache" / "pointalign"
+
+
+def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
+    target = tmp_path / "new" / "a.json"
+    write_text(target, "old")
+    with pytest.raises(OSError, match="disk"):
+        fail_within(written_file(target), lambda path: path.write_text("half"))
+    assert target.read_text() == "old"
+    assert list(target.parent.iterdir()) == [target]
+    with written_file(target) as temporary:
+        assert temporary.suffix == ".json"
+        temporary.write_text("new")
+    assert target.read_text() == "new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
+    target = tmp_path / "model"
+    for content in ("old", "new"):
+        with written_folder(target) as temporary:
+            (temporary / "weights").write_text(content)
+    assert (target / "weights").read_text() == "new"
+    with pytest.raises(CheckpointError, match="cannot write"):
+        fail_within(written_folder(target), lambda path: (path / "weights").write_text("half"))
+    assert (target / "weights").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_another_process_wrote_meanwhile_stays(tmp_path):
+    target = tmp_path / "converted"
+    with written_folder(target, replace=False) as temporary:
+        (temporary / "weights").write_text("ours")
+        with written_folder(target, replace=False) as other:
+            (other / "weights").write_text("theirs")
+    assert (target / "weights").read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [target]
