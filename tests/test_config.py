@@ -10,9 +10,11 @@ from pointalign.config import (
     AlignmentSettings,
     DataSet,
     OptimizerSettings,
+    QFormerLoraSettings,
     Recipe,
     from_dict,
     load_recipe,
+    recipe_head,
     recipe_names,
     to_yaml,
 )
@@ -50,6 +52,8 @@ def test_the_defaults_are_the_published_values():
     assert recipe.alignment.target == "qformer"
     assert recipe.trains == ["language_model_lora", "language_model_norms"]
     assert recipe.seed == 42
+    assert recipe.qformer_lora == QFormerLoraSettings(8, 16, 0.1, ["query", "key", "value"])
+    assert recipe.query_experts.count == 0
 
 
 def test_numbers_that_yaml_reads_as_text(tmp_path):
@@ -124,6 +128,72 @@ def test_every_bundled_recipe_is_read_and_written(tmp_path, name):
     assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
     types = {kind for part in recipe.data.sets for kind in part.types}
     assert types <= {"simple_description", "detailed_description", "single_round", "multi_round"}
+
+
+# What a recipe takes from another
+
+
+def test_a_recipe_takes_from_its_base_what_it_does_not_say(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "name: base\ntrains: [connector]\nseed: 7\n"
+        "data: {sets: [{types: [single_round]}, {types: [multi_round]}], fraction: 0.5}\n"
+        "alignment: {weight: 0.3, layers: [4, 5]}\nmodel: {start_from: somewhere}\n"
+    )
+    (tmp_path / "middle.yaml").write_text("base: base.yaml\nname: middle\nalignment: {layers: [9]}\n")
+    recipe = load_recipe(
+        write(
+            tmp_path,
+            "base: middle.yaml\nalignment: {weight: 1e-1}\nmodel: {start_from: null}\ndata: {sets: [{odds: 2}]}\n",
+        )
+    )
+    assert recipe.name == Recipe().name, "a name is not inherited"
+    assert (recipe.trains, recipe.seed) == (["connector"], 7)
+    assert recipe.alignment == AlignmentSettings(weight=0.1, layers=[9])
+    assert recipe.data.sets == [DataSet(odds=2.0)], "lists are replaced"
+    assert recipe.data.fraction == 0.5
+    assert recipe.model.start_from is None
+    resolved = to_yaml(recipe)
+    assert "base" not in yaml.safe_load(resolved)
+    assert load_recipe(write(tmp_path, resolved)) == recipe
+
+
+def test_a_bundled_recipe_is_a_base_too(tmp_path):
+    recipe = load_recipe(write(tmp_path, "base: pointalign\nname: mine\noptimizer: {learning_rate: 1e-5}\n"))
+    expected = load_recipe("pointalign")
+    expected.name, expected.optimizer.learning_rate = "mine", 1e-5
+    assert recipe == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"recipe": "base: nothing"}, r"recipe\.yaml: base: found no recipe 'nothing'"),
+        ({"recipe": "base: pointaling"}, r"base: found no recipe 'pointaling'.*\(nearest: pointalign"),
+        ({"recipe": "base: [pointalign]"}, r"recipe\.yaml: base is the name of one recipe; got \['pointalign'\]"),
+        ({"recipe": "base: recipe.yaml"}, r"recipe\.yaml: base 'recipe\.yaml' leads back to itself"),
+        (
+            {"recipe": "base: a.yaml", "a": "base: b.yaml", "b": "base: a.yaml"},
+            r"b\.yaml: base 'a\.yaml' leads back to itself; name a recipe that does not build on this one",
+        ),
+        ({"recipe": "base: a.yaml", "a": "sed: 1"}, r"a\.yaml: unknown key 'sed'; did you mean 'seed'\?"),
+        ({"recipe": "base: a.yaml", "a": "- 1"}, r"a\.yaml must hold `key: value` lines"),
+    ],
+)
+def test_a_wrong_base_is_named_in_one_line(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_head_is_the_comment_at_the_top(tmp_path):
+    assert recipe_head(write(tmp_path, "# What it is.\n#\n#   a command\nseed: 1\n# not this\n")) == [
+        "What it is.",
+        "",
+        "  a command",
+    ]
+    assert recipe_head(write(tmp_path, "seed: 1\n")) == []
 
 
 def dataclasses_of(kind):

@@ -6,9 +6,24 @@ import pytest
 import torch
 from peft import PeftModel
 
-from pointalign.config import AlignmentSettings, LoraSettings, OptimizerSettings
+from pointalign.config import (
+    AlignmentSettings,
+    LoraSettings,
+    OptimizerSettings,
+    QFormerLoraSettings,
+    QueryExpertSettings,
+    Recipe,
+)
 from pointalign.errors import ConfigError
-from pointalign.parts import PARTS, add_lora, norm_modules, select_parts
+from pointalign.parts import (
+    PARTS,
+    add_lora,
+    add_qformer_lora,
+    norm_modules,
+    prepare_parts,
+    select_parts,
+    set_query_experts,
+)
 from pointalign.training import (
     alignment_target,
     build_regularizer,
@@ -126,6 +141,111 @@ def test_every_part_is_a_part_of_some_model(adapted):
     names = [name for name, _ in adapted.named_parameters()]
     for part in set(PARTS) - {"qformer_lora", "query_router", "query_experts"}:
         assert any(map(PARTS[part], names)), part
+
+
+# Parts that a recipe makes
+
+
+def test_a_new_qformer_lora(model, clouds):
+    before = model.encode_points(clouds).qformer_output
+    counts = prepare_parts(model, Recipe(trains=["qformer_lora", "qformer_norms"]))
+    names = trained(model)
+    wrapped = model.connector.qformer
+    assert isinstance(wrapped, PeftModel)
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in names if ".lora_" in name} == {
+        "query",
+        "key",
+        "value",
+    }
+    # rank 8: two matrices for each of 3 linears, 4 blocks of self-attention (24 wide), 2 of cross-attention (key, value of 18)
+    assert counts["qformer_lora"] == 8 * (4 * 3 * 48 + 2 * (48 + 2 * 42))
+    # weights, not biases: the first norm, 4 + 2 after attention, 4 after the MLPs
+    assert counts["qformer_norms"] == 24 * (1 + 4 + 2 + 4)
+    norms = {name for name in names if ".lora_" not in name}
+    assert all(".modules_to_save.default." in name and name.endswith("weight") for name in norms)
+    assert torch.equal(model.eval().encode_points(clouds).qformer_output, before), "a new LoRA changes nothing"
+    add_qformer_lora(model, QFormerLoraSettings(rank=3), train_norms=False)
+    assert model.connector.qformer is wrapped, "a Q-Former that has a LoRA keeps it"
+
+
+def test_norms_of_the_qformer_alone_train_in_place(model):
+    prepare_parts(model, Recipe(trains=["qformer_norms"]))
+    assert not isinstance(model.connector.qformer, PeftModel)
+    assert len(trained(model)) == 11
+
+
+@torch.no_grad()
+def test_only_the_dropout_of_a_trained_lora_is_awake(build_model, clouds):
+    """The Q-Former's own dropout rests under its LoRA; a LoRA that does not train rests too."""
+    model = build_model(qformer_dropout=0.5)
+    prepare_parts(model, Recipe(trains=["qformer_lora", "qformer_norms"]))
+    model.train()
+    awake = {
+        name.partition(".lora_dropout")[1] for name, part in model.connector.qformer.named_modules() if part.training
+    }
+    assert awake == {".lora_dropout"}
+    still = model.encode_points(clouds).qformer_output
+    assert torch.equal(model.encode_points(clouds).qformer_output, still), "its B is zero, so nothing shows yet"
+    for name, weight in model.connector.named_parameters():
+        if ".lora_B." in name:
+            weight.fill_(0.3)
+    assert not torch.equal(model.encode_points(clouds).qformer_output, model.encode_points(clouds).qformer_output)
+    select_parts(model, ["point_mlp", "query_tokens"])
+    model.train()
+    still = model.encode_points(clouds).qformer_output
+    assert torch.equal(model.encode_points(clouds).qformer_output, still)
+    select_parts(model, ["qformer"])
+    model.train()
+    assert model.connector.qformer.base_model.model.encoder.layer[0].output_query.dropout.training
+    model.eval()
+    assert not any(part.training for part in model.modules())
+
+
+@torch.no_grad()
+def test_query_experts_begin_as_the_trained_queries(model, clouds):
+    queries = model.connector.query_tokens.clone()
+    before = model.encode_points(clouds).qformer_output
+    torch.manual_seed(1)
+    recipe = Recipe(trains=["query_tokens", "query_router"], query_experts=QueryExpertSettings(count=4, noise=0.1))
+    counts = prepare_parts(model, recipe)
+    experts = model.connector.query_tokens
+    assert torch.equal(experts[0], queries[0])
+    noise = experts[1:] - queries
+    assert noise.std() == pytest.approx(0.1, rel=0.2)
+    assert counts == {"query_tokens": 4 * 5 * 24, "query_router": 32 * 256 + 256 + 256 * 4 + 4}
+    config = model.config.connector_config
+    assert (config.num_query_experts, config.num_chosen_experts, config.routing) == (4, 2, "sparse")
+    with pytest.raises(ConfigError, match="cannot make 3 sets of queries of 4"):
+        set_query_experts(model, QueryExpertSettings(count=3))
+    set_query_experts(model, QueryExpertSettings(count=4, routing="constant"))
+    assert torch.equal(model.connector.query_tokens, experts), "experts that are there stay"
+    experts[1:] = experts[:1]
+    torch.testing.assert_close(model.encode_points(clouds).qformer_output, before)
+
+
+@torch.no_grad()
+def test_the_routing_is_a_setting(model, clouds):
+    with pytest.raises(ConfigError, match=r"one set of queries, so nothing is routed; set its count too"):
+        set_query_experts(model, QueryExpertSettings(routing="soft"))
+    set_query_experts(model, QueryExpertSettings(count=4, noise=1.0))
+    outputs = {}
+    for routing in ("sparse", "soft", "constant"):
+        set_query_experts(model, QueryExpertSettings(routing=routing))
+        outputs[routing] = model.encode_points(clouds).qformer_output
+    assert not torch.allclose(outputs["sparse"], outputs["soft"])
+    assert not torch.allclose(outputs["constant"], outputs["soft"])
+    set_query_experts(model, QueryExpertSettings(routing="sparse", num_chosen=4))
+    torch.testing.assert_close(model.encode_points(clouds).qformer_output, outputs["soft"])
+    with pytest.raises(ConfigError, match=r"num_chosen is 1 to 4 for this model; got 5"):
+        set_query_experts(model, QueryExpertSettings(num_chosen=5))
+
+
+def test_what_needs_a_qformer(build_model):
+    model = build_model(kind="mlp")
+    with pytest.raises(ConfigError, match="trains: qformer_lora needs a Q-Former"):
+        prepare_parts(model, Recipe(trains=["qformer_lora"]))
+    with pytest.raises(ConfigError, match="query_experts needs a Q-Former"):
+        prepare_parts(model, Recipe(trains=["connector"], query_experts=QueryExpertSettings(count=8)))
 
 
 # The schedule

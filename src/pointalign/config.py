@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
-import typing
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
+from pointalign.conversion import from_dict
 from pointalign.errors import ConfigError
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -101,6 +98,34 @@ class LoraSettings:
 
 
 @dataclass
+class QFormerLoraSettings(LoraSettings):
+    """Low-rank adaptation of the Q-Former, made when `trains` names qformer_lora and the model has none."""
+
+    rank: int = 8
+    """Rank of the update."""
+    alpha: int = 16
+    """Scale of the update over its rank."""
+    dropout: float = 0.1
+    """Dropout on the update's input."""
+    target_modules: list[str] | Literal["all-linear"] = field(default_factory=lambda: ["query", "key", "value"])
+    """Names of the linears that are adapted, in self- and cross-attention."""
+
+
+@dataclass
+class QueryExpertSettings:
+    """Several sets of queries and a router that weighs them for each cloud."""
+
+    count: int = 0
+    """Sets to make of the model's one set; 0 leaves the model as it is (8 in MiniGPT-3D's stage IV)."""
+    noise: float = 0.02
+    """Standard deviation of the noise on every new set but the first, so that the sets can part."""
+    routing: Literal["sparse", "soft", "constant"] | None = None
+    """How the sets' outputs are joined; the model's own way when not given."""
+    num_chosen: int | None = None
+    """Sets that sparse routing runs for each cloud; the model's own number when not given."""
+
+
+@dataclass
 class DataSet:
     """One of the sets that a run mixes; at each step one set is drawn."""
 
@@ -117,9 +142,12 @@ class DataSettings:
     """Which clouds and conversations."""
 
     source: str = "household"
-    """`household` (bundled), or a folder of {object_id}_8192.npy clouds."""
+    """`household` (bundled), a folder of {object_id}_8192.npy clouds, or what `pointalign data pack` made of one: a folder
+    or its address (s3://..., any that fsspec knows)."""
     instructions: list[str] = field(default_factory=list)
     """PointLLM-format JSON files, for a folder of clouds."""
+    skip_missing: bool = False
+    """Train without the objects that have no cloud, and list them in the run's missing_clouds.txt; else refuse."""
     sets: list[DataSet] = field(default_factory=lambda: [DataSet()])
     """The sets that are mixed."""
     fraction: float = 1.0
@@ -187,6 +215,8 @@ class Recipe:
     """Parts that train; everything else is frozen. See `pointalign.parts.PARTS`."""
     model: ModelSettings = field(default_factory=ModelSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    qformer_lora: QFormerLoraSettings = field(default_factory=QFormerLoraSettings)
+    query_experts: QueryExpertSettings = field(default_factory=QueryExpertSettings)
     data: DataSettings = field(default_factory=DataSettings)
     alignment: AlignmentSettings = field(default_factory=AlignmentSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -210,103 +240,89 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
-    folder = resources.files("pointalign") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in _bundled_recipes().iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """Read a recipe: a file, or the name of one that comes with the package.
 
+    A recipe with `base: NAME` takes every value that it does not give from that recipe, which is a bundled one or a file
+    beside it. Settings are joined key by key, lists are replaced, and the base's name is not taken.
+
     Raises:
-        ConfigError: when there is none, it is not YAML, or it holds an unknown key or a value of the wrong kind.
+        ConfigError: when it or its base does not exist, it is not YAML, bases go in a circle, or it holds an unknown key
+            or a value of the wrong kind.
     """
-    path = Path(name_or_path)
-    if not path.is_file():
-        bundled = resources.files("pointalign") / "recipes" / f"{name_or_path}.yaml"
-        if not bundled.is_file():
-            known = ", ".join(recipe_names())
-            raise ConfigError(f"found no recipe {str(name_or_path)!r}: give a YAML file, or one of {known}")
-        text = bundled.read_text(encoding="utf-8")
-    else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {path}: {error}; give a YAML file in UTF-8") from error
+    return from_dict(Recipe, _values(_find_recipe(name_or_path, Path()), ()), str(name_or_path))
+
+
+def recipe_head(name_or_path: str | Path) -> list[str]:
+    """The comment at a recipe's top, line by line: what it reproduces, and what it needs.
+
+    Raises:
+        ConfigError: when there is no such recipe.
+    """
+    lines = []
+    for line in _read_text(_find_recipe(name_or_path, Path())).splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return lines
+
+
+def _bundled_recipes() -> Any:
+    return resources.files("pointalign") / "recipes"
+
+
+def _find_recipe(name: str | Path, folder: Any, where: str = "") -> Any:
+    """The file that a recipe's name means: one in the folder, or a bundled one."""
+    bundled = _bundled_recipes() / f"{name}.yaml"
+    for file in (folder / str(name), bundled):
+        if file.is_file():
+            return file
+    near = difflib.get_close_matches(str(name), recipe_names(), n=3)
+    hint = f" (nearest: {', '.join(near)})" if near else ""
+    raise ConfigError(
+        f"{where}found no recipe {str(name)!r}: give a YAML file, or one of those that `pointalign recipes` lists{hint}"
+    )
+
+
+def _read_text(file: Any) -> str:
     try:
-        values = yaml.safe_load(text) or {}
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}; give a YAML file in UTF-8") from error
+
+
+def _values(file: Any, above: tuple[str, ...]) -> dict[str, Any]:
+    """What a recipe file says, over what its base says; `above` are the files whose base it is."""
+    try:
+        values = yaml.safe_load(_read_text(file)) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name_or_path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{name_or_path} must hold `key: value` lines, not a {type(values).__name__}")
-    return from_dict(Recipe, values, str(name_or_path))
+        raise ConfigError(f"{file} must hold `key: value` lines, not a {type(values).__name__}")
+    base = values.pop("base", None)
+    from_dict(Recipe, values, str(file))  # here, so that a mistake is laid to the file it stands in
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{file}: base is the name of one recipe; got {base!r}")
+    under = _find_recipe(base, file.parent, f"{file}: base: ")
+    if str(under) in (*above, str(file)):
+        raise ConfigError(f"{file}: base {base!r} leads back to itself; name a recipe that does not build on this one")
+    inherited = _values(under, (*above, str(file)))
+    return _joined({key: value for key, value in inherited.items() if key != "name"}, values)
 
 
-def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
-    """Build a settings dataclass from plain values, converting each by its declared type.
-
-    Args:
-        kind: the dataclass.
-        values: as YAML gives them; `1e-4`, which YAML reads as text, becomes a number where one is declared.
-        where: named in errors.
-
-    Raises:
-        ConfigError: for an unknown key (with the nearest right one) or a value of the wrong kind.
-    """
-    hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
-    for key in values:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
-    return kind(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where} holds settings of its own, so write `key: value` lines under it")
-        return from_dict(hint, value, where)  # pyright: ignore[reportArgumentType]
-    if origin in (typing.Union, types.UnionType):
-        return _convert_union(arguments, value, where)
-    if origin is list:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where} is a list; got {value!r}")
-        return [_convert(arguments[0], item, where) for item in value]
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{where} is one of {', '.join(map(str, arguments))}; got {value!r}")
-        return value
-    return _convert_scalar(hint, value, where)
-
-
-def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        if option is not type(None):
-            try:
-                return _convert(option, value, where)
-            except ConfigError:
-                continue
-    raise ConfigError(f"{where} cannot be {value!r}")
-
-
-def _convert_scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif kind is int and isinstance(value, str):
-        try:
-            return int(value.replace("_", ""))
-        except ValueError:
-            pass
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{where} is a {kind.__name__}; got {value!r}")
+def _joined(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    joined = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(joined.get(key), dict)
+        joined[key] = _joined(joined[key], value) if both else value
+    return joined
 
 
 def to_yaml(recipe: Recipe) -> str:

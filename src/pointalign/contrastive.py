@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from transformers.utils.generic import ModelOutput
 
 from pointalign.config import Recipe
-from pointalign.data.conversations import Conversation, MixtureBatchSampler
+from pointalign.data.conversations import Conversation
+from pointalign.data.mixture import MixtureBatchSampler
 from pointalign.data.sources import open_training_data
 from pointalign.errors import ConfigError, DataError
 from pointalign.geometry import normalize_point_cloud
@@ -220,7 +221,7 @@ def train_encoder(
     """
     if len(recipe.data.sets) != 1:
         raise ConfigError("stage encoder takes one entry in data.sets; name its types and batch_size there")
-    clouds, conversations = open_training_data(recipe.data)
+    clouds, conversations = open_training_data(recipe.data, folder.path)
     captions = captions_by_object(conversations)
     object_ids = sorted(captions)
     points = torch.stack([processor.prepare_points(clouds[name]) for name in object_ids])

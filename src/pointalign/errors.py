@@ -23,3 +23,7 @@ class CheckpointError(PointAlignError):
 
 class MissingDependencyError(PointAlignError, ImportError):
     """An optional package is needed; the text names the `pip install` that brings it."""
+
+
+class JudgeError(PointAlignError):
+    """A judge cannot be reached or does not reply; the replies it gave before are kept."""

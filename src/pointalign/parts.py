@@ -1,14 +1,16 @@
-"""Who trains: the parts of a model that a recipe can name, and LoRA around its language model."""
+"""Who trains: the parts of a model that a recipe can name, and the new ones it asks for (LoRA, query experts)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from pointalign.config import LoraSettings
+from pointalign.config import LoraSettings, QueryExpertSettings, Recipe
 from pointalign.errors import ConfigError
+from pointalign.models.connector import QFormerConnector
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 
 # What a recipe's `trains` can name, and the parameters it means (PAPER terms; MiniGPT-3D's and PointAlign's stages).
@@ -24,10 +26,7 @@ PARTS: dict[str, Callable[[str], bool]] = {
     "language_model": lambda name: name.startswith("language_model.") and ".lora_" not in name,
     "language_model_lora": lambda name: name.startswith("language_model.") and ".lora_" in name,
     "language_model_norms": lambda name: (
-        name.startswith("language_model.")
-        and _is_norm(name)
-        and name.endswith("weight")
-        and ".original_module." not in name
+        name.startswith("language_model.") and _is_norm(name) and name.endswith("weight")
     ),
     "query_router": lambda name: name.startswith("connector.query_router."),
 }
@@ -74,8 +73,78 @@ def add_lora(model: PointAlignForConditionalGeneration, settings: LoraSettings, 
     )
 
 
+def add_qformer_lora(model: PointAlignForConditionalGeneration, settings: LoraSettings, train_norms: bool) -> None:
+    """Put a new LoRA around the Q-Former, unless it has one; as `add_lora`.
+
+    Raises:
+        ConfigError: when the connector has no Q-Former.
+
+    Source: MiniGPT-3D (arXiv 2405.01413): r=8, alpha=2r on query, key and value of self- and cross-attention; norm weights
+    train.
+    """
+    connector = _qformer_connector(model, "trains: qformer_lora")
+    if isinstance(connector.qformer, PeftModel):
+        return
+    connector.qformer = get_peft_model(  # pyright: ignore[reportAttributeAccessIssue]
+        connector.qformer,
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=settings.target_modules,
+            modules_to_save=norm_modules(connector.qformer) if train_norms else None,
+        ),
+    )
+
+
+def set_query_experts(model: PointAlignForConditionalGeneration, settings: QueryExpertSettings) -> None:
+    """Make the query experts that a recipe asks for, unless the model has as many, and route as it says.
+
+    Raises:
+        ConfigError: when the model has another number of them, has none to route between, or has no Q-Former.
+    """
+    if settings == QueryExpertSettings():
+        return
+    connector = _qformer_connector(model, "query_experts")
+    config: Any = connector.config
+    if settings.count not in (0, config.num_query_experts):
+        connector.add_query_experts(settings.count, settings.noise)
+    if not config.num_query_experts:
+        raise ConfigError("query_experts: this model has one set of queries, so nothing is routed; set its count too")
+    config.routing = settings.routing or config.routing
+    chosen = settings.num_chosen or config.num_chosen_experts
+    if not 1 <= chosen <= config.num_query_experts:
+        raise ConfigError(f"query_experts.num_chosen is 1 to {config.num_query_experts} for this model; got {chosen}")
+    config.num_chosen_experts = chosen
+
+
+def _qformer_connector(model: PointAlignForConditionalGeneration, where: str) -> QFormerConnector:
+    if not isinstance(model.connector, QFormerConnector):
+        raise ConfigError(f"{where} needs a Q-Former, which this model's connector has not; leave it out")
+    return model.connector
+
+
+def prepare_parts(model: PointAlignForConditionalGeneration, recipe: Recipe) -> dict[str, int]:
+    """Give a model the new parts that a recipe asks for, and let the recipe's parts train.
+
+    Returns:
+        Number of trained weights per part, see `select_parts`.
+
+    Raises:
+        ConfigError: when the recipe names parts that this model cannot have.
+    """
+    if any(name.startswith("language_model_") for name in recipe.trains):
+        add_lora(model, recipe.lora, "language_model_norms" in recipe.trains)
+    if "qformer_lora" in recipe.trains:
+        add_qformer_lora(model, recipe.qformer_lora, "qformer_norms" in recipe.trains)
+    set_query_experts(model, recipe.query_experts)
+    return select_parts(model, recipe.trains)
+
+
 def select_parts(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """Let the named parts train and freeze everything else; trained weights are kept in float32.
+
+    Of a module that peft has copied into an adapter, the copy is meant: the original computes nothing.
 
     Args:
         model: the whole model.
@@ -93,7 +162,8 @@ def select_parts(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
             raise ConfigError(f"trains: unknown part {name!r}; known are {', '.join(PARTS)}")
         counts[name] = 0
     for parameter_name, parameter in model.named_parameters():
-        owner = next((name for name in counts if PARTS[name](parameter_name)), None)
+        copied = ".original_module." in parameter_name
+        owner = None if copied else next((name for name in counts if PARTS[name](parameter_name)), None)
         parameter.requires_grad_(owner is not None)
         if owner is not None:
             parameter.data = parameter.data.float()

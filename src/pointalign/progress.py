@@ -1,7 +1,11 @@
-"""Progress of long work on stderr: a bar on a terminal, a line now and then elsewhere; always with rate and time left."""
+"""What a run says to people on stderr, in its first process alone.
+
+Progress of long work is a bar on a terminal and a line now and then elsewhere, always with rate and time left.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,19 +32,36 @@ def _duration(seconds: float) -> str:
     return f"{minutes}:{rest:02d}"
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one of a distributed run that speaks and writes; true for a run of one process."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """One line to people, said by the first process alone."""
+    if is_first_process():
+        print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def progress(description: str, total: int, note: Callable[[], str] | None = None) -> Iterator[Callable[[int], None]]:
+def progress(
+    description: str, total: int, note: Callable[[], str] | None = None, patience: float = 0.0
+) -> Iterator[Callable[[int], None]]:
     """Show how far a piece of work is.
 
     Args:
         description: what is being done.
         total: number of steps in all.
         note: gives a short text to show beside the numbers, for instance the loss.
+        patience: seconds that pass before anything is shown, for work that is mostly quick.
 
     Yields:
         A function that is told how many steps were done since it was last called.
     """
     console = Console(stderr=True)
+    if not is_first_process():
+        yield lambda steps: None
+        return
     if console.is_terminal:
         columns = [
             TextColumn("{task.description}"),
@@ -50,14 +71,27 @@ def progress(description: str, total: int, note: Callable[[], str] | None = None
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         ]
-        with Progress(*columns, console=console) as bars:
-            task = bars.add_task(description, total=total, note="")
-            yield lambda steps: bars.update(task, advance=steps, note=note() if note else "")
+        bars = Progress(*columns, console=console)
+        task = bars.add_task(description, total=total, note="")
+        start = time.monotonic()
+
+        def advance(steps: int) -> None:
+            if not bars.live.is_started and time.monotonic() - start >= patience:
+                bars.start()
+            bars.update(task, advance=steps, note=note() if note else "")
+
+        try:
+            if not patience:
+                bars.start()
+            yield advance
+        finally:
+            if bars.live.is_started:
+                bars.stop()
         return
-    yield _lines(description, total, note)
+    yield _lines(description, total, note, patience)
 
 
-def _lines(description: str, total: int, note: Callable[[], str] | None) -> Callable[[int], None]:
+def _lines(description: str, total: int, note: Callable[[], str] | None, patience: float) -> Callable[[int], None]:
     start = shown = time.monotonic()
     done = 0
 
@@ -65,7 +99,7 @@ def _lines(description: str, total: int, note: Callable[[], str] | None) -> Call
         nonlocal done, shown
         done += steps
         now = time.monotonic()
-        if done < total and now - shown < SECONDS_BETWEEN_LINES:
+        if (done < total and now - shown < SECONDS_BETWEEN_LINES) or now - start < patience:
             return
         shown = now
         rate = done / max(now - start, 1e-9)

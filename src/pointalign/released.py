@@ -1,8 +1,9 @@
 """What the released code does differently from the paper, as options for comparing with published numbers.
 
-Nothing here is used by default: the evaluation prompt (`with_released_prompt`, by `pointalign evaluate --as-released`), the
-text of one-turn training questions (`released_messages`) and the positions of the alignment loss
-(`released_alignment_mask`), both by `pointalign train --as-released`.
+Nothing here is used by default: the evaluation prompt (`with_released_prompt`) and the way answers are generated
+(`RELEASED_GENERATION`), both by `pointalign evaluate --as-released`; the text of one-turn training questions
+(`released_messages`) and the positions of the alignment loss (`released_alignment_mask`), both by
+`pointalign train --as-released`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pointalign.errors import ConfigError
 
 RELEASED_QUESTION_WORDS = 50
 RELEASED_POINT_SUFFIX = "</PC> "
+# Two beams with sampling; no token is the end symbol, so every answer runs to the limit.
+RELEASED_GENERATION = {"num_beams": 2, "do_sample": True, "temperature": 0.2, "top_p": 0.7, "eos_token_id": -1}
 
 # The opening of the turn is written twice, as plain text, and there is no beginning-of-sequence token.
 RELEASED_CHAT_TEMPLATE = (

@@ -96,11 +96,6 @@ class RunFolder:
         return lines
 
 
-def is_first_process() -> bool:
-    """Whether this process is the one of a distributed run that writes its folder; true for a run of one process."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def git_commit(folder: Path) -> str | None:
     """The commit of the source tree, with "+changes" where files differ from it; None outside a checkout."""
     try:
@@ -127,7 +122,7 @@ def environment(recipe: Recipe) -> dict[str, Any]:
             versions[package] = None
     return {
         "seed": recipe.seed,
-        "versions": versions,
+        "versions": {**versions, "torch": torch.__version__},
         "python": platform.python_version(),
         "git_commit": git_commit(Path(__file__).parent),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",

@@ -16,26 +16,29 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from pointalign.alignment import AlignmentRegularizer
-from pointalign.config import ModelSettings, Recipe
+from pointalign.config import ModelSettings, Recipe, load_recipe, recipe_names
 from pointalign.contrastive import train_encoder
 from pointalign.data.conversations import ConversationDataset, PointCloudSource
 from pointalign.data.features import FeatureCache, weights_fingerprint
-from pointalign.data.sources import open_training_data
+from pointalign.data.sources import open_training_data, read_clouds
+from pointalign.errors import ConfigError
 from pointalign.figures import draw_losses
 from pointalign.models.checkpoint import fit_embeddings
 from pointalign.models.language_model import load_language_model, load_tokenizer
 from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
 from pointalign.models.processing import PointAlignProcessor, choose_point_token, load_processor
-from pointalign.parts import add_lora, select_parts
-from pointalign.progress import progress
+from pointalign.parts import prepare_parts
+from pointalign.progress import is_first_process, progress
 from pointalign.released import released_messages
-from pointalign.run_folder import RunFolder, is_first_process
+from pointalign.run_folder import RunFolder
 from pointalign.run_loop import run_trainer, uses_bf16
 from pointalign.storage import cache_dir, written_folder
 from pointalign.training import RecipeTrainer, build_regularizer, build_trainer
 
 PROJECTOR_FILE = "alignment_projector.safetensors"
 ENCODE_BATCH = 16
+# 400 MB of clouds of 8,192 points; 660K of them would fill any memory.
+KEPT_CLOUDS = 2000
 
 
 def build_model(settings: ModelSettings) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
@@ -51,13 +54,7 @@ def build_model(settings: ModelSettings) -> tuple[PointAlignForConditionalGenera
     language_model: Any = load_language_model(settings.language_model, dtype=torch.float32)
     token = choose_point_token(tokenizer, language_model.get_input_embeddings().weight.shape[0], settings.point_token)
     fit_embeddings(language_model, tokenizer.convert_tokens_to_ids(token) + 1)
-    config = PointAlignConfig(
-        point_encoder_config=asdict(settings.point_encoder),
-        connector_config=connector_values(settings),
-        text_config=language_model.config,
-        point_token_id=tokenizer.convert_tokens_to_ids(token),
-        language_model=settings.language_model,
-    )
+    config = model_config(settings, language_model.config, tokenizer.convert_tokens_to_ids(token))
     model = PointAlignForConditionalGeneration(config, language_model=language_model)
     generation = language_model.generation_config
     generation.suppress_tokens = [config.point_token_id]
@@ -73,10 +70,10 @@ def build_model(settings: ModelSettings) -> tuple[PointAlignForConditionalGenera
     return model, processor
 
 
-def connector_values(settings: ModelSettings) -> dict[str, Any]:
-    """A connector's settings in the words of `ConnectorConfig`."""
+def model_config(settings: ModelSettings, text_config: Any, point_token_id: int) -> PointAlignConfig:
+    """The configuration of a model that is built from a recipe's sizes around a language model."""
     part = settings.connector
-    return {
+    connector = {
         "kind": part.kind,
         "hidden_sizes": part.hidden_sizes,
         "num_query_tokens": part.num_query_tokens,
@@ -91,19 +88,29 @@ def connector_values(settings: ModelSettings) -> dict[str, Any]:
             "attention_probs_dropout_prob": part.qformer_dropout,
         },
     }
+    return PointAlignConfig(
+        point_encoder_config=asdict(settings.point_encoder),
+        connector_config=connector,
+        text_config=text_config,
+        point_token_id=point_token_id,
+        language_model=settings.language_model,
+    )
 
 
 class PreparedClouds:
-    """Clouds as the model takes them, by object id, prepared once and kept in memory."""
+    """Clouds as the model takes them, by object id; the first ones are kept in memory."""
 
     def __init__(self, clouds: PointCloudSource, processor: PointAlignProcessor) -> None:
         self.clouds, self.processor = clouds, processor
         self._ready: dict[str, Tensor] = {}
 
     def __getitem__(self, object_id: str) -> dict[str, Tensor]:
-        if object_id not in self._ready:
-            self._ready[object_id] = self.processor.prepare_points(self.clouds[object_id])
-        return {"point_clouds": self._ready[object_id]}
+        prepared = self._ready.get(object_id)
+        if prepared is None:
+            prepared = self.processor.prepare_points(self.clouds[object_id])
+            if len(self._ready) < KEPT_CLOUDS:
+                self._ready[object_id] = prepared
+        return {"point_clouds": prepared}
 
 
 def frozen_fields(trains: list[str], target: str | None, has_qformer: bool) -> tuple[str, ...]:
@@ -154,7 +161,7 @@ def cached_features(
 
     @torch.inference_mode()
     def compute(names: list[str]) -> dict[str, Tensor]:
-        batch = torch.stack([processor.prepare_points(clouds[name]) for name in names]).to(device)
+        batch = torch.stack([processor.prepare_points(points) for points in read_clouds(clouds, names)]).to(device)
         if fields == ("point_features",):
             return {"point_features": model.point_encoder(batch)}
         points = model.encode_points(batch)
@@ -182,9 +189,12 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
     """
     quiet()
     folder = RunFolder(out)
+    finished = (folder.model / "config.json").is_file()
+    if not finished:
+        check_start(recipe)
     if is_first_process():
         folder.open(recipe, resume)
-    if (folder.model / "config.json").is_file():
+    if finished:
         return _summary(recipe, folder, None, 0.0)
     start = time.monotonic()
     set_seed(recipe.seed)
@@ -203,11 +213,25 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
 
 
+def check_start(recipe: Recipe) -> None:
+    """See that the folder a recipe starts from is there, before anything is asked of the Hub.
+
+    Raises:
+        ConfigError: when it is not.
+    """
+    start = recipe.model.start_from
+    if start is None or start.count("/") < 2 or Path(start).is_dir():  # a Hub id has one slash
+        return
+    bundled = recipe.name in recipe_names() and load_recipe(recipe.name).model.start_from == start
+    hint = f"`pointalign recipes {recipe.name}` tells how to make it, or " if bundled else ""
+    raise ConfigError(
+        f"recipe {recipe.name} starts from {start}, which is not there; {hint}name another with --model.start-from"
+    )
+
+
 def _train(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
     model, processor = build_model(recipe.model)
-    if any(name.startswith("language_model_") for name in recipe.trains):
-        add_lora(model, recipe.lora, "language_model_norms" in recipe.trains)
-    counts = select_parts(model, recipe.trains)
+    counts = prepare_parts(model, recipe)
     if changes_base(model):
         model.config.language_model = None
     if recipe.stage == "encoder":
@@ -215,7 +239,7 @@ def _train(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
     else:
         if uses_bf16(recipe):
             cast_frozen(model)
-        trainer, regularizer = _train_language(recipe, folder, model, processor)
+        trainer, regularizer = train_language(recipe, folder, model, processor)
     if regularizer is not None:
         counts["alignment_projector"] = sum(p.numel() for p in regularizer.parameters())
         regularizer.detach()
@@ -229,16 +253,30 @@ def _train(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
     return counts
 
 
-def _train_language(
+def train_language(
     recipe: Recipe, folder: RunFolder, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor
 ) -> tuple[RecipeTrainer, AlignmentRegularizer | None]:
-    clouds, conversations = open_training_data(recipe.data)
+    """Train a model whose parts are chosen by next-token loss and, where the recipe asks for it, the alignment loss.
+
+    Args:
+        recipe: the run.
+        folder: its folder.
+        model: see `prepare_parts`; its frozen half is computed once per object, if the recipe says so.
+        processor: its processor.
+
+    Returns:
+        The trainer at its end, and the regulariser, which is still attached, or None.
+
+    Raises:
+        PointAlignError: as `train`.
+    """
+    clouds, conversations = open_training_data(recipe.data, folder.path)
     target = recipe.alignment.target if recipe.alignment.weight else None
     has_qformer = model.config.connector_config.kind == "qformer"  # pyright: ignore
     fields = frozen_fields(recipe.trains, target, has_qformer) if recipe.cache_features else ()
     points: Any = PreparedClouds(clouds, processor)
     if fields:
-        object_ids = sorted({conversation.object_id for conversation in conversations})
+        object_ids = conversations.object_ids
         points = cached_features(model, processor, clouds, object_ids, fields)
     rewrite = {"rewrite": released_messages} if recipe.as_released else {}
     dataset = ConversationDataset(conversations, processor, points, recipe.data.max_length, **rewrite)
@@ -262,9 +300,12 @@ def changes_base(model: PointAlignForConditionalGeneration) -> bool:
 
 
 def cast_frozen(model: PointAlignForConditionalGeneration) -> None:
-    """Keep the language model's frozen matrices in bfloat16, as they are multiplied; what trains stays float32."""
+    """Keep the language model's frozen matrices in bfloat16, as they are multiplied; what trains stays float32.
+
+    Vectors stay too: a norm cannot have its weight in one precision and its bias in another.
+    """
     for parameter in model.language_model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.ndim >= 2:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 

@@ -26,13 +26,17 @@ def cache_dir() -> Path:
 def written_file(target: Path) -> Iterator[Path]:
     """A temporary path beside the target that takes its place when the block ends well, and vanishes when it does not.
 
-    The folder is made where it is missing; the temporary name ends as the target does.
+    The folder is made where it is missing; the temporary name ends as the target does. An OSError that names no file, as
+    on a full disk, is made to name the target.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{uuid.uuid4().hex[:12]}-{target.name}")
     try:
         yield temporary
         os.replace(temporary, target)
+    except OSError as error:
+        error.filename = error.filename or str(target)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

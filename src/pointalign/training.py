@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from transformers import Trainer, TrainingArguments
 
 from pointalign.alignment import AlignmentRegularizer, pool_target
 from pointalign.config import AlignmentSettings, OptimizerSettings, Recipe
-from pointalign.data.conversations import Collator, ConversationDataset, MixtureBatchSampler
+from pointalign.data.conversations import Collator, ConversationDataset
+from pointalign.data.mixture import MixtureBatchSampler
 from pointalign.errors import CheckpointError, ConfigError, PointAlignError
 from pointalign.models.checkpoint import load_into, load_weights_file
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
@@ -291,10 +292,7 @@ def build_regularizer(
 
 def mixture(dataset: ConversationDataset, recipe: Recipe) -> Callable[[int, int, int], MixtureBatchSampler]:
     """The recipe's sets over a dataset, as a function of the number of batches and the process."""
-    indices: list[Sequence[int]] = [
-        [i for i, conversation in enumerate(dataset.conversations) if conversation.kind in settings.types]
-        for settings in recipe.data.sets
-    ]
+    indices = [dataset.conversations.of_types(settings.types) for settings in recipe.data.sets]
     return lambda count, rank, world: MixtureBatchSampler(indices, recipe.data.sets, count, recipe.seed, rank, world)
 
 

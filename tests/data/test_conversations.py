@@ -1,19 +1,20 @@
-"""Instructions in the field's format, training samples, the mixture of sets, and batches."""
+"""Instructions in the field's format, training samples, and batches."""
 
 import json
-from collections import Counter
-from itertools import islice, pairwise
+import pickle
+import time
+import tracemalloc
+from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pointalign.config import DataSet
+from pointalign.data import conversations
 from pointalign.data.conversations import (
+    CONVERSATION_TYPES,
     Collator,
     ConversationDataset,
-    MixtureBatchSampler,
+    join_conversations,
     keep_fraction,
     parse_conversation,
     read_conversations,
@@ -48,7 +49,7 @@ def test_the_published_format(tmp_path):
         {"role": "assistant", "content": "Red."},
     )
     assert brief.kind == "simple_description"
-    assert read_conversations([MULTI, BRIEF]) == [multi, brief]
+    assert list(read_conversations([MULTI, BRIEF])) == [multi, brief]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,105 @@ def test_smaller_fractions_lie_inside_larger_ones():
             keep_fraction(ids, fraction)
 
 
+# Files that stay on disk
+
+
+def make_entry(index, words=20):
+    """An entry of the published shape; every tenth object has two."""
+    kind = CONVERSATION_TYPES[index % 4]
+    return {
+        "object_id": f"{index * 10 // 11:032x}",
+        **({} if kind == "simple_description" else {"conversation_type": kind}),
+        "conversations": [
+            {"from": "human", "value": "<point>\nWhat is it?"},
+            {"from": "gpt", "value": f"Café {index} " + "word " * words},
+        ],
+    }
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    """Two instruction files that share objects, and their entries one after the other."""
+    entries = [make_entry(index) for index in range(40)]
+    for name, part in (("a.json", entries[:25]), ("b.json", entries[20:])):
+        (tmp_path / name).write_text(json.dumps(part, ensure_ascii=name == "a.json", indent=1), encoding="utf-8")
+    joined = join_conversations([read_conversations(tmp_path / name) for name in ("a.json", "b.json")])
+    wanted = [parse_conversation(entry, "entry") for entry in (*entries[:25], *entries[20:])]
+    return joined, wanted
+
+
+def test_conversations_of_files_are_those_of_their_entries(two_files):
+    joined, wanted = two_files
+    assert len(joined) == 45
+    assert list(joined) == wanted
+    assert [joined[index] for index in (44, 0, -1, 24, 25)] == [wanted[index] for index in (44, 0, -1, 24, 25)]
+    assert list(joined[20:30:3]) == wanted[20:30:3]
+    assert joined.object_ids == sorted({conversation.object_id for conversation in wanted})
+    assert wanted[3] in joined
+    with pytest.raises(IndexError):
+        joined[45]
+    assert list(pickle.loads(pickle.dumps(joined))) == wanted
+
+
+def test_conversations_are_chosen_by_columns(two_files):
+    joined, wanted = two_files
+    for types in ([], ["single_round"], ["multi_round", "simple_description"], ["poem"]):
+        expected = [index for index, conversation in enumerate(wanted) if conversation.kind in types]
+        assert joined.of_types(types).tolist() == expected
+        chosen = joined.select(joined.of_types(types))
+        assert list(chosen) == [wanted[index] for index in expected]
+        assert chosen.object_ids == sorted({wanted[index].object_id for index in expected})
+    some = {wanted[3].object_id, wanted[30].object_id, "nobody"}
+    expected = [index for index, conversation in enumerate(wanted) if conversation.object_id in some]
+    assert joined.about(some).tolist() == expected
+    again = joined.select(joined.about(some))
+    assert list(again.select(again.of_types(["single_round"]))) == [
+        wanted[index] for index in expected if wanted[index].kind == "single_round"
+    ]
+    assert list(join_conversations([])) == []
+
+
+def test_every_entry_is_checked_when_a_file_is_opened(tmp_path):
+    path = tmp_path / "instructions.json"
+    entries = [make_entry(index) for index in range(30)]
+    entries[28]["conversations"][1]["from"] = "robot"
+    path.write_text(json.dumps(entries))
+    with pytest.raises(DataError, match=r"instructions\.json, entry 28 is not in PointLLM's format .*robot"):
+        read_conversations(path)
+
+
+@pytest.mark.parametrize("change", ["shorter", "other", "gone"])
+def test_a_file_that_changes_while_it_is_in_use_is_never_read_wrong(tmp_path, change):
+    path = tmp_path / "instructions.json"
+    path.write_text(json.dumps([make_entry(index) for index in range(10)]))
+    opened = read_conversations(path)
+    if change == "gone":
+        path.unlink()
+    else:
+        entries = [make_entry(index + (0 if change == "shorter" else 1)) for index in range(10)]
+        path.write_text(json.dumps(entries[: 2 if change == "shorter" else 10]))
+    with pytest.raises(DataError, match=r"as (it is|they are) while") as error:
+        opened[9]
+    assert "\n" not in str(error.value)
+
+
+def test_memory_and_time_grow_with_the_entries_and_not_with_their_words(tmp_path):
+    seconds, paths = [], [tmp_path / "5000.json", tmp_path / "20000.json"]
+    for path in paths:
+        path.write_text(json.dumps([make_entry(index, words=120) for index in range(int(path.stem))]))
+        start = time.process_time()
+        read_conversations(path)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 12 * seconds[0]
+    tracemalloc.start()
+    opened = read_conversations(paths[1])
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(opened) == 20_000
+    assert kept < 150 * 20_000
+    assert peak < 8 * 2**20 < paths[1].stat().st_size / 1.8
+
+
 # Samples and batches
 
 
@@ -157,6 +257,16 @@ def test_a_sample_holds_ids_labels_and_a_cloud_for_each_mark(dataset, processor)
         assert sample["labels"] == encoded["labels"]
         assert len(sample["points"]) == count
         assert sample["input_ids"].count(259) == 5 * count
+
+
+def test_token_ids_are_kept_of_the_first_conversations_only(dataset, processor, monkeypatch):
+    monkeypatch.setattr(conversations, "KEPT_ENCODED", 2)
+    encoded = []
+    encode = processor.encode
+    monkeypatch.setattr(processor, "encode", lambda messages: encoded.append(messages) or encode(messages))
+    first, second = ([dataset[index]["input_ids"] for index in range(4)] for _ in range(2))
+    assert first == second
+    assert len(encoded) == 4 + 2
 
 
 def test_a_sample_that_is_too_long_is_named(dataset):
@@ -195,90 +305,3 @@ def test_the_collated_batch_scores_as_the_whole_sequence_does(dataset, processor
 def test_a_batch_without_clouds(dataset, processor):
     batch = Collator(processor)([dataset[3]])
     assert set(batch) == {"input_ids", "attention_mask", "labels", "logits_to_keep", "alignment_mask"}
-
-
-# The mixture
-
-SETS = [
-    DataSet(types=["detailed_description"], odds=2, batch_size=6),
-    DataSet(types=["single_round"], odds=3, batch_size=10),
-    DataSet(types=["multi_round"], odds=3, batch_size=4),
-]
-INDICES = [range(50), range(50, 90), range(90, 201)]
-
-
-def test_sets_are_drawn_by_odds_with_their_batch_sizes():
-    batches = list(MixtureBatchSampler(INDICES, SETS, 8000, seed=42))
-    drawn = Counter()
-    for batch in batches:
-        number = next(n for n, members in enumerate(INDICES) if batch[0] in members)
-        assert set(batch) <= set(INDICES[number])
-        assert len(batch) == SETS[number].batch_size
-        drawn[number] += 1
-    for number, share in enumerate((2 / 8, 3 / 8, 3 / 8)):
-        assert abs(drawn[number] / 8000 - share) < 4 * (share * (1 - share) / 8000) ** 0.5
-
-
-@given(st.integers(0, 1000), st.lists(st.tuples(st.integers(1, 30), st.integers(1, 7)), min_size=1, max_size=3))
-def test_every_conversation_comes_once_before_any_comes_twice(seed, sizes):
-    start, indices, sets = 0, [], []
-    for count, batch_size in sizes:
-        indices.append(list(range(start, start + count)))
-        sets.append(DataSet(odds=1, batch_size=batch_size))
-        start += count
-    seen = [[] for _ in sizes]
-    for batch in MixtureBatchSampler(indices, sets, 60, seed):
-        number = next(n for n, members in enumerate(indices) if batch[0] in members)
-        seen[number] += batch
-    for members, order in zip(indices, seen, strict=True):
-        for first in range(0, len(order), len(members)):
-            one_pass = order[first : first + len(members)]
-            assert len(set(one_pass)) == len(one_pass)
-
-
-def test_passes_and_seeds_have_different_orders():
-    sets = [DataSet(batch_size=20)]
-    first, second = list(MixtureBatchSampler([range(20)], sets, 2, seed=1))
-    assert sorted(first) == sorted(second) == list(range(20))
-    assert first != second
-    assert first != list(range(20))
-    assert next(iter(MixtureBatchSampler([range(20)], sets, 2, seed=2))) != first
-
-
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_processes_share_the_batches_of_one(world):
-    alone = list(MixtureBatchSampler(INDICES, SETS, 40, seed=42))
-    ranks = [list(MixtureBatchSampler(INDICES, SETS, 40, 42, rank, world)) for rank in range(world)]
-    for number, batch in enumerate(alone):
-        parts = [rank[number] for rank in ranks]
-        assert all(parts)
-        assert sorted(index for part in parts for index in part) == sorted(batch)
-
-
-def test_skipping_gives_the_batches_of_a_run_that_was_never_stopped():
-    sampler = MixtureBatchSampler(INDICES, SETS, 50, seed=42)
-    whole = list(sampler)
-    assert len(sampler) == len(whole) == 50
-    assert list(islice(iter(sampler), 23, None)) == whole[23:]
-    from accelerate.data_loader import SkipBatchSampler
-
-    assert list(SkipBatchSampler(sampler, skip_batches=23)) == whole[23:]
-
-
-def test_sets_that_cannot_be_drawn():
-    with pytest.raises(ConfigError, match="no conversation of types single_round"):
-        MixtureBatchSampler([[1], [], [2]], SETS, 1, 0)
-    with pytest.raises(ConfigError, match="a batch of 4 cannot be split over 5 processes"):
-        MixtureBatchSampler(INDICES, SETS, 1, 0, 0, 5)
-
-
-@pytest.mark.parametrize("odds", [[0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0]])
-def test_odds_that_mean_nothing_are_refused(odds):
-    sets = [DataSet(odds=o, batch_size=1) for o in odds]
-    with pytest.raises(ConfigError, match="odds"):
-        next(iter(MixtureBatchSampler([[1], [2]], sets, 3, 0)))
-
-
-def test_a_batch_size_of_zero_is_refused():
-    with pytest.raises(ConfigError, match="batch"):
-        next(iter(MixtureBatchSampler([[1]], [DataSet(batch_size=0)], 3, 0)))

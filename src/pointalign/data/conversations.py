@@ -1,10 +1,11 @@
-"""Conversations about clouds: PointLLM's instruction format, training samples, mixing by odds, collation."""
+"""Conversations about clouds: PointLLM's instruction format, training samples, collation."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,14 +13,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from pointalign.config import DataSet
+from pointalign.data.json_list import MEBIBYTE, json_entries
 from pointalign.errors import ConfigError, DataError
+from pointalign.progress import progress
 
 CONVERSATION_TYPES = ("simple_description", "detailed_description", "single_round", "multi_round")
 POINT_MARK = "<point>"
 ROLES = {"human": "user", "gpt": "assistant"}
+# Reading a file that takes longer shows its progress.
+QUICK_SECONDS = 2.0
+# Token ids of so many conversations are kept; those of 660K would fill the memory, and come once an epoch anyway.
+KEPT_ENCODED = 10_000
 
 
 class PointCloudSource(Protocol):
@@ -92,25 +98,138 @@ def _message(speaker: str, value: str) -> dict[str, Any]:
     return {"role": ROLES[speaker], "content": parts}
 
 
-def read_conversations(source: str | Path | Iterable[Mapping[str, Any]]) -> list[Conversation]:
-    """Read a PointLLM instruction file, or its entries.
+class _EntryFile(Sequence[Conversation]):
+    """Conversations of an instruction file, each read from its place when it is asked for."""
+
+    def __init__(self, path: Path, places: np.ndarray, lengths: np.ndarray) -> None:
+        self.path, self.places, self.lengths = path, places, lengths
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(int(self.places[index]))
+                item = json.loads(file.read(int(self.lengths[index])))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"cannot read entry {index} of {self.path} again ({error}); leave the file as it is while it is in use"
+            ) from error
+        return parse_conversation(item, f"{self.path}, entry {index}")
+
+
+class Conversations(Sequence[Conversation]):
+    """Conversations by number, parsed when they are asked for; what they are about and of what type stands in columns.
+
+    Args:
+        stores: where the conversations lie.
+        names: distinct object ids; some may be named by no conversation.
+        columns: one row per conversation: `store` and `row` say where it lies, `name` and `kind` are indices into `names`
+            and `CONVERSATION_TYPES`.
+    """
+
+    COLUMNS = np.dtype([("store", np.uint16), ("row", np.int32), ("name", np.int32), ("kind", np.uint8)])
+
+    def __init__(self, stores: Sequence[Sequence[Conversation]], names: Sequence[str], columns: np.ndarray) -> None:
+        self.stores, self.names, self.columns = stores, names, columns
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One conversation, or the `Conversations` of a slice.
+
+        Raises:
+            DataError: when its file has changed since it was opened.
+        """
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        store, row, name, _ = self.columns[index].item()
+        conversation = self.stores[store][row]
+        if conversation.object_id != self.names[name]:
+            raise DataError(
+                f"conversation {index} was about {self.names[name]} and is about {conversation.object_id} now; leave "
+                "instruction files as they are while they are in use"
+            )
+        return conversation
+
+    @property
+    def object_ids(self) -> list[str]:
+        """The objects that they are about, sorted."""
+        return sorted(self.names[int(number)] for number in np.unique(self.columns["name"]))
+
+    def of_types(self, types: Iterable[str]) -> np.ndarray:
+        """Numbers of the conversations of these types, ascending."""
+        wanted = [CONVERSATION_TYPES.index(kind) for kind in types if kind in CONVERSATION_TYPES]
+        return np.flatnonzero(np.isin(self.columns["kind"], wanted))
+
+    def about(self, object_ids: Container[str]) -> np.ndarray:
+        """Numbers of the conversations about these objects, ascending."""
+        known = np.fromiter((name in object_ids for name in self.names), dtype=bool, count=len(self.names))
+        return np.flatnonzero(known[self.columns["name"]])
+
+    def select(self, numbers: np.ndarray) -> Conversations:
+        """Those with these numbers, in this order."""
+        return Conversations(self.stores, self.names, self.columns[numbers])
+
+
+def join_conversations(parts: Sequence[Conversations]) -> Conversations:
+    """Several sources one after the other."""
+    numbers: dict[str, int] = {}
+    stores: list[Sequence[Conversation]] = []
+    columns = [np.empty(0, Conversations.COLUMNS)]
+    for part in parts:
+        renumbered = np.array([numbers.setdefault(name, len(numbers)) for name in part.names], dtype=np.int32)
+        moved = part.columns.copy()
+        moved["name"] = renumbered[moved["name"]]
+        moved["store"] += len(stores)
+        stores += part.stores
+        columns.append(moved)
+    return Conversations(stores, list(numbers), np.concatenate(columns))
+
+
+def read_conversations(source: str | Path | Iterable[Mapping[str, Any]]) -> Conversations:
+    """Open a PointLLM instruction file, or take its entries.
+
+    Every entry of a file is checked once and then left on disk; memory grows by some 100 bytes an entry.
 
     Raises:
         DataError: when the file is missing, is not JSON, or an entry is not in the format.
     """
-    items: Any = source
-    name = "entry"
     if isinstance(source, (str, Path)):
-        name = f"{source}, entry"
-        try:
-            items = json.loads(Path(source).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"cannot read {source}: {error.strerror}; give an instruction file") from error
-        except ValueError as error:
-            raise DataError(f"{source} is not JSON ({error}); copy it again") from error
-        if not isinstance(items, list):
-            raise DataError(f"{source} holds a {type(items).__name__}, not a list of conversations; give another file")
-    return [parse_conversation(item, f"{name} {index}") for index, item in enumerate(items)]
+        return _open_file(Path(source))
+    conversations = [parse_conversation(item, f"entry {index}") for index, item in enumerate(source)]
+    return list_conversations(conversations)
+
+
+def list_conversations(conversations: Sequence[Conversation]) -> Conversations:
+    """Conversations that are in memory already."""
+    numbers: dict[str, int] = {}
+    columns = np.empty(len(conversations), Conversations.COLUMNS)
+    for row, conversation in enumerate(conversations):
+        number = numbers.setdefault(conversation.object_id, len(numbers))
+        columns[row] = (0, row, number, CONVERSATION_TYPES.index(conversation.kind))
+    return Conversations([conversations], list(numbers), columns)
+
+
+def _open_file(path: Path) -> Conversations:
+    numbers: dict[str, int] = {}
+    names, kinds, places, lengths = array("i"), array("B"), array("q"), array("i")
+    try:
+        mebibytes = path.stat().st_size // MEBIBYTE
+        with progress(f"reading {path.name} (MiB)", mebibytes, patience=QUICK_SECONDS) as advance:
+            for index, (item, place, length) in enumerate(json_entries(path, advance)):
+                conversation = parse_conversation(item, f"{path}, entry {index}")
+                names.append(numbers.setdefault(conversation.object_id, len(numbers)))
+                kinds.append(CONVERSATION_TYPES.index(conversation.kind))
+                places.append(place)
+                lengths.append(length)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; give an instruction file") from error
+    columns = np.zeros(len(names), Conversations.COLUMNS)
+    columns["row"], columns["name"], columns["kind"] = np.arange(len(names)), names, kinds
+    return Conversations([_EntryFile(path, np.array(places), np.array(lengths))], list(numbers), columns)
 
 
 def keep_fraction(object_ids: Iterable[str], fraction: float) -> set[str]:
@@ -121,7 +240,10 @@ def keep_fraction(object_ids: Iterable[str], fraction: float) -> set[str]:
     """
     if not 0 < fraction <= 1:
         raise ConfigError(f"data.fraction is a share in (0, 1]; got {fraction:g}")
-    ordered = sorted(set(object_ids), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    distinct = set(object_ids)
+    if fraction == 1:
+        return distinct
+    ordered = sorted(distinct, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     return set(ordered[: max(1, round(len(ordered) * fraction))])
 
 
@@ -144,7 +266,9 @@ class ConversationDataset(Dataset):
         max_length: int,
         rewrite: Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]] = lambda messages: messages,
     ) -> None:
-        self.conversations = list(conversations)
+        self.conversations = (
+            conversations if isinstance(conversations, Conversations) else list_conversations(conversations)
+        )
         self.processor, self.points, self.max_length, self.rewrite = processor, points, max_length, rewrite
         self._encoded: dict[int, dict[str, list[int]]] = {}
 
@@ -158,81 +282,23 @@ class ConversationDataset(Dataset):
             DataError: when the conversation is longer than `max_length`.
         """
         conversation = self.conversations[index]
-        if index not in self._encoded:
+        encoded = self._encoded.get(index)
+        if encoded is None:
             encoded = self.processor.encode(self.rewrite(conversation.messages))
             if len(encoded["input_ids"]) > self.max_length:
                 raise DataError(
                     f"the conversation about {conversation.object_id} has {len(encoded['input_ids'])} tokens, more than "
                     f"data.max_length {self.max_length}; raise it or leave the conversation out"
                 )
-            self._encoded[index] = encoded
+            if len(self._encoded) < KEPT_ENCODED:
+                self._encoded[index] = encoded
         clouds = sum(
             part["type"] == "point_cloud"
             for message in conversation.messages
             if not isinstance(message["content"], str)
             for part in message["content"]
         )
-        return {**self._encoded[index], "points": [self.points[conversation.object_id]] * clouds}
-
-
-class MixtureBatchSampler(Sampler[list[int]]):
-    """Batches of a mixture: at each step one set is drawn by odds, and its next conversations in shuffled order.
-
-    A set's order is a new permutation on every pass, so every conversation comes once before any comes twice. The
-    sequence of batches depends on the seed alone: not on the number of processes, nor on where a run was stopped.
-
-    Args:
-        indices: for each set, the dataset indices it holds.
-        sets: odds and batch sizes.
-        num_batches: how many batches there are in all.
-        seed: of the draw and the permutations.
-        rank: this process; it receives every `world`-th conversation of each batch.
-        world: number of processes.
-
-    Raises:
-        ConfigError: when a set is empty, its batch is smaller than the number of processes, or the odds mean nothing.
-
-    Source: PointAlign (arXiv 2603.00412) and MiniGPT-3D (arXiv 2405.01413): three sets, odds 2:3:3, batch 6/10/4.
-    """
-
-    def __init__(
-        self,
-        indices: Sequence[Sequence[int]],
-        sets: Sequence[DataSet],
-        num_batches: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        for members, settings in zip(indices, sets, strict=True):
-            if not members:
-                raise ConfigError(f"the data hold no conversation of types {', '.join(settings.types)}; drop this set")
-            if settings.batch_size < world:
-                raise ConfigError(
-                    f"a batch of {settings.batch_size} cannot be split over {world} processes; raise data.sets' batch_size"
-                )
-        if not all(0 <= settings.odds < float("inf") for settings in sets) or not sum(s.odds for s in sets):
-            given = ", ".join(f"{settings.odds:g}" for settings in sets)
-            raise ConfigError(f"data.sets' odds are numbers from 0 up, not all 0; got {given}")
-        self.indices, self.sets, self.num_batches, self.seed = indices, sets, num_batches, seed
-        self.rank, self.world = rank, world
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        odds = np.array([settings.odds for settings in self.sets], dtype=float)
-        draws = np.random.default_rng([self.seed, 0]).choice(len(odds), size=self.num_batches, p=odds / odds.sum())
-        streams = [self._stream(number) for number in range(len(self.sets))]
-        for drawn in draws:
-            batch = [next(streams[drawn]) for _ in range(self.sets[drawn].batch_size)]
-            yield batch[self.rank :: self.world]
-
-    def _stream(self, number: int) -> Iterator[int]:
-        rng = np.random.default_rng([self.seed, 1 + number])
-        members = np.asarray(self.indices[number])
-        while True:
-            yield from rng.permutation(members).tolist()
+        return {**encoded, "points": [self.points[conversation.object_id]] * clouds}
 
 
 class Collator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class FeatureCache:
     def fill(
         self, compute: Callable[[list[str]], dict[str, Tensor]], batch_size: int, progress: Callable[[int], None]
     ) -> None:
-        """Compute what is missing.
+        """Compute what is missing, if the disk has room for it.
 
         Args:
             compute: from a list of object ids to tensors with one row per object.
@@ -74,10 +75,13 @@ class FeatureCache:
             progress: called with the number of objects done since the last call.
 
         Raises:
-            DataError: when the disk is full or cannot be written.
+            DataError: when the disk has too little room, is full or cannot be written.
         """
-        for shard in range(self.num_shards):
-            members = self.object_ids[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
+        shards = range(self.num_shards)
+        missing = sum(len(self._members(shard)) for shard in shards if not self._path(shard).is_file())
+        checked = False
+        for shard in shards:
+            members = self._members(shard)
             if self._path(shard).is_file():
                 progress(len(members))
                 continue
@@ -85,8 +89,24 @@ class FeatureCache:
             for start in range(0, len(members), batch_size):
                 batch = members[start : start + batch_size]
                 rows.append({name: tensor.cpu() for name, tensor in compute(batch).items()})
+                if not checked:
+                    self._check_room(sum(tensor[0].nbytes for tensor in rows[0].values()), missing)
+                    checked = True
                 progress(len(batch))
             self._write(shard, {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]})
+
+    def _members(self, shard: int) -> list[str]:
+        return self.object_ids[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
+
+    def _check_room(self, object_bytes: int, count: int) -> None:
+        disk = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(disk).free
+        if object_bytes * count > free:
+            raise DataError(
+                f"the feature cache of {count:,} objects needs {object_bytes * count / 2**30:,.1f} GiB ({object_bytes:,} bytes "
+                f"each), but {free / 2**30:,.1f} GiB are free in {disk}: set POINTALIGN_CACHE to a folder on a larger disk, or "
+                "train with --no-cache-features (in a recipe `cache_features: false`)"
+            )
 
     def _write(self, shard: int, tensors: dict[str, Tensor]) -> None:
         try:

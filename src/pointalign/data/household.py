@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,9 +88,7 @@ def load_household(split: str | None = None, path: str | Path | None = None) -> 
         table = table.filter(pa.array([row == split for row in table["split"].to_pylist()]))
     if table.num_rows == 0:
         return []
-    clouds = np.empty((table.num_rows, NUM_POINTS, 6), dtype=np.float32)
-    clouds[..., :3] = normalize_point_cloud(torch.from_numpy(_values(table["xyz"]).astype(np.float32)))
-    np.divide(_values(table["rgb"]), np.float32(255), out=clouds[..., 3:])
+    clouds = read_clouds(table)
     rows = table.drop_columns(["xyz", "rgb"]).to_pylist()
     for row, cloud in zip(rows, clouds, strict=True):
         row.update(tags=tuple(row["tags"]), size_cm=tuple(row["size_cm"]), points=cloud)
@@ -97,11 +96,17 @@ def load_household(split: str | None = None, path: str | Path | None = None) -> 
 
 
 def _read_table(path: Path) -> pa.Table:
+    return read_columns(path, [name for name in HouseholdObject.__dataclass_fields__ if name != "points"], "household")
+
+
+def read_columns(path: Path, columns: Sequence[str], verb: str) -> pa.Table:
+    """Columns of a Parquet file that one of the `pointalign data` verbs built, with its clouds in xyz and rgb.
+
+    Raises:
+        DataError: when the file is missing, broken or of another layout.
+    """
     if not path.is_file():
-        raise DataError(
-            f"no household file at {path}; build it with: pointalign data household --source DIR --out FILE"
-        )
-    columns = [name for name in HouseholdObject.__dataclass_fields__ if name != "points"]
+        raise DataError(f"no {verb} file at {path}; build it with: pointalign data {verb} --source DIR --out FILE")
     try:
         with pq.ParquetFile(path) as file:  # pq.read_table would import pandas where it is installed
             table = file.read()
@@ -114,11 +119,19 @@ def _read_table(path: Path) -> pa.Table:
     return table.select([*columns, "xyz", "rgb"])
 
 
+def read_clouds(table: pa.Table) -> np.ndarray:
+    """The clouds of a table as (rows, NUM_POINTS, 6) float32: xyz in the unit ball, rgb (sRGB) in [0, 1]."""
+    clouds = np.empty((table.num_rows, NUM_POINTS, 6), dtype=np.float32)
+    clouds[..., :3] = normalize_point_cloud(torch.from_numpy(_values(table["xyz"]).astype(np.float32)))
+    np.divide(_values(table["rgb"]), np.float32(255), out=clouds[..., 3:])
+    return clouds
+
+
 def _values(column: pa.ChunkedArray) -> np.ndarray:
     """A column of fixed-size lists as (rows, NUM_POINTS, 3)."""
     flat = column.combine_chunks().flatten().to_numpy()
     if len(flat) != len(column) * 3 * NUM_POINTS:
-        raise DataError(f"a cloud does not have {NUM_POINTS} points; build the household file again with this version")
+        raise DataError(f"a cloud does not have {NUM_POINTS} points; build the file again with this version")
     return flat.reshape(-1, NUM_POINTS, 3)
 
 

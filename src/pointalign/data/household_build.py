@@ -99,7 +99,7 @@ def sample_catalog(source: str | Path, entries: Sequence[CatalogEntry]) -> Itera
         for start in range(0, len(entries), FPS_BATCH):
             batch = entries[start : start + FPS_BATCH]
             dense = [_sample_entry(e, archives[e.collection.file], folders) for e in batch]
-            yield from zip(batch, _thin(np.stack(dense)), strict=True)
+            yield from zip(batch, thin_clouds(np.stack(dense)), strict=True)
             speed = progress.tasks[task].finished_speed or progress.tasks[task].speed
             progress.update(task, advance=len(batch), rate=f"{speed:.1f}/s" if speed else "")
     for archive in archives.values():
@@ -140,7 +140,7 @@ def _scale_to_size(mesh: trimesh.Trimesh | trimesh.Scene, size_cm: Sequence[floa
     return np.where(extent > 0, np.asarray(size_cm) / np.where(extent > 0, extent, 1.0), 1.0)
 
 
-def _thin(dense: np.ndarray) -> np.ndarray:
+def thin_clouds(dense: np.ndarray) -> np.ndarray:
     """Quantise clouds (B, NUM_SAMPLED, 6) and keep NUM_POINTS of each in farthest-point order, as int32.
 
     The order is found on the quantised integers in float64, where every squared distance is exact: no machine's
@@ -161,9 +161,6 @@ def _write_parquet(
     splits: dict[str, str],
     clouds: Sequence[np.ndarray],
 ) -> None:
-    points = np.stack(clouds)
-    xyz = pa.array(points[..., :3].astype(np.int16).ravel())
-    rgb = pa.array(points[..., 3:].astype(np.uint8).ravel())
     columns = {
         "id": pa.array([e.id for e in entries]),
         "name": pa.array([e.name for e in entries]),
@@ -177,13 +174,30 @@ def _write_parquet(
         "noun": pa.array([table[e.id].noun for e in entries]),
         "family": pa.array([table[e.id].family for e in entries]),
         "split": pa.array([splits[e.id] for e in entries]),
+    }
+    write_clouds(path, columns, clouds)
+
+
+def write_clouds(path: Path, columns: dict[str, pa.Array], clouds: Sequence[np.ndarray]) -> None:
+    """Write a Parquet file of objects; the same values give the same bytes.
+
+    Args:
+        path: the file to write.
+        columns: what is told of the objects.
+        clouds: quantised clouds, as `thin_clouds` gives them; they become the columns xyz and rgb.
+    """
+    points = np.stack(clouds)
+    xyz = pa.array(points[..., :3].astype(np.int16).ravel())
+    rgb = pa.array(points[..., 3:].astype(np.uint8).ravel())
+    columns = {
+        **columns,
         "xyz": pa.FixedSizeListArray.from_arrays(xyz, XYZ_VALUES),
         "rgb": pa.FixedSizeListArray.from_arrays(rgb, XYZ_VALUES),
     }
     pq.write_table(
         pa.table(columns),
         path,
-        row_group_size=len(entries),
+        row_group_size=len(points),
         compression="zstd",
         compression_level=19,
         use_dictionary=False,

@@ -37,12 +37,12 @@ def near_duplicates(clouds: np.ndarray, threshold: float = NEAR_DUPLICATE_DISTAN
     """
     xyz = clouds[..., :3].astype(np.float64)
     xyz = xyz - (xyz.max(axis=1, keepdims=True) + xyz.min(axis=1, keepdims=True)) / 2
-    signatures = np.stack([_signature(cloud) for cloud in xyz])
+    signatures = np.stack([shape_signature(cloud) for cloud in xyz])
     trees = [KDTree(cloud) for cloud in xyz]
     for i in range(len(xyz)):
         gaps = np.abs(signatures[i + 1 :] - signatures[i]).max(axis=1)
         for j in i + 1 + np.flatnonzero(gaps <= SIGNATURE_TOLERANCE):
-            distance = min(_chamfer(xyz[i], xyz[j], trees[i], trees[j], pose) for pose in POSES)
+            distance = min(chamfer_distance(xyz[i], xyz[j], trees[i], trees[j], pose) for pose in POSES)
             if distance <= threshold:
                 yield i, int(j), distance
 
@@ -57,14 +57,14 @@ def _quarter_turns() -> list[np.ndarray]:
 POSES = _quarter_turns()
 
 
-def _signature(xyz: np.ndarray) -> np.ndarray:
+def shape_signature(xyz: np.ndarray) -> np.ndarray:
     """What no pose changes: the box (height, longer side, shorter side) and quantiles of distance from its centre."""
     width, height, depth = np.ptp(xyz, axis=0)
     radii = np.quantile(np.linalg.norm(xyz, axis=1), np.linspace(0.1, 0.9, 9))
     return np.concatenate([[height, max(width, depth), min(width, depth)], radii])
 
 
-def _chamfer(a: np.ndarray, b: np.ndarray, tree_a: KDTree, tree_b: KDTree, pose: np.ndarray) -> float:
+def chamfer_distance(a: np.ndarray, b: np.ndarray, tree_a: KDTree, tree_b: KDTree, pose: np.ndarray) -> float:
     """Mean distance from the first points of each cloud to the other, the larger of both ways, with `a` in a pose."""
     forth = tree_b.query(a[:NUM_PROBES] @ pose.T)[0].mean()
     back = tree_a.query(b[:NUM_PROBES] @ pose)[0].mean()

@@ -1,4 +1,4 @@
-"""Instructions about the household objects in PointLLM's format, written from the catalogue and the cloud itself.
+"""Instructions about household and other objects in PointLLM's format, from their nouns and the clouds themselves.
 
 An answer says what the object is, its class, its main colours, and its proportions: only what the normalised cloud can
 show, never a size. A hash of the object's id chooses among phrasings, so the same objects give the same text.
@@ -11,12 +11,12 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from pointalign.data.colors import dominant_colors
-from pointalign.data.household import LABELS_FILE, HouseholdObject
+from pointalign.data.household import LABELS_FILE
 from pointalign.data.household_phrases import (
     CATEGORY_QUESTIONS,
     COLOR_ANSWERS,
@@ -32,20 +32,45 @@ from pointalign.data.household_phrases import (
 CLASSES_FILE = LABELS_FILE.with_name("classes.csv")
 
 
+class Named(Protocol):
+    """What an object must tell to be written about: as a household object does, but it need not have a label."""
+
+    @property
+    def id(self) -> str:
+        """A name of its own, which chooses the phrasings."""
+        ...
+
+    @property
+    def noun(self) -> str:
+        """What it is, with its article."""
+        ...
+
+    @property
+    def label(self) -> str | None:
+        """Its class word."""
+        ...
+
+    @property
+    def points(self) -> np.ndarray:
+        """(N, 6) xyz, y up, and rgb in [0, 1]."""
+        ...
+
+
 @dataclass(frozen=True)
 class ObjectFacts:
     """What the text may say of an object.
 
     Attributes:
         noun: what it is, with its article: "a corner sofa".
-        label: its class word: "sofa"; `label_phrase` has an article: "a sofa", "a piece of clothing".
+        label: its class word: "sofa"; None when it has none.
+        label_phrase: its class with an article: "a sofa", "a piece of clothing"; the noun when it has none.
         colors: names, largest share first.
         upper_color, lower_color: main colours of the upper and lower third where they differ, else None.
         shape: a key of PROPORTIONS.
     """
 
     noun: str
-    label: str
+    label: str | None
     label_phrase: str
     colors: tuple[str, ...]
     upper_color: str | None
@@ -53,7 +78,7 @@ class ObjectFacts:
     shape: str
 
 
-def describe(thing: HouseholdObject) -> ObjectFacts:
+def describe(thing: Named) -> ObjectFacts:
     """Gather an object's facts from its catalogue entry and its points (y up)."""
     height = thing.points[:, 1]
     low, high = float(height.min()), float(height.max())
@@ -68,7 +93,7 @@ def describe(thing: HouseholdObject) -> ObjectFacts:
     return ObjectFacts(
         noun=thing.noun,
         label=thing.label,
-        label_phrase=label_phrases().get(thing.label, f"a {thing.label}"),
+        label_phrase=label_phrases().get(thing.label, f"a {thing.label}") if thing.label else thing.noun,
         colors=tuple(color.name for color in colors),
         upper_color=upper,
         lower_color=lower,
@@ -107,19 +132,19 @@ def label_phrases() -> dict[str, str]:
         return {row["label"]: row["phrase"] for row in csv.DictReader(file)}
 
 
-def reference_caption(thing: HouseholdObject) -> str:
+def reference_caption(thing: Named) -> str:
     """The caption a held-out object's answer is judged against: all its facts in fixed words."""
     facts = describe(thing)
     return f"{_what(facts, 0)} {_colors(facts, 0)} {PROPORTIONS[facts.shape][0]}"
 
 
-def build_instructions(objects: Iterable[HouseholdObject]) -> list[dict[str, Any]]:
+def build_instructions(objects: Iterable[Named]) -> list[dict[str, Any]]:
     """Conversations about each object, of all four types of PointLLM's format.
 
     Returns:
-        For each object, in order: three simple_description, one detailed_description, three single_round and one
-        multi_round conversation, as `{object_id, conversation_type, conversations: [{from, value}, ...]}`; the first
-        human turn starts with "<point>" and a newline.
+        For each object, in order: three simple_description, one detailed_description, three single_round (two when it
+        has no label) and one multi_round conversation, as `{object_id, conversation_type, conversations: [{from,
+        value}, ...]}`; the first human turn starts with "<point>" and a newline.
 
     Source: PointLLM (arXiv 2308.16911), section 3; its released instruction files.
     """
@@ -164,9 +189,10 @@ def _rounds(facts: ObjectFacts, seed: str) -> list[tuple[str, str]]:
     colors = _colors(facts, _choice(len(COLOR_ANSWERS[0]), seed, "colors round"))
     shape = _pick(PROPORTIONS[facts.shape], seed, "shape round")
     label = _pick(("It is {0}.", "It belongs to the class: {1}.", "This is {0}."), seed, "label round")
+    asked = [(_pick(CATEGORY_QUESTIONS, seed, "round class"), label.format(facts.label_phrase, facts.label))]
     return [
         (_pick(SIMPLE_QUESTIONS[1], seed, "round what"), what),
-        (_pick(CATEGORY_QUESTIONS, seed, "round class"), label.format(facts.label_phrase, facts.label)),
+        *(asked if facts.label else []),
         (_pick(COLOR_QUESTIONS, seed, "round colors"), colors),
         (_pick(PROPORTION_QUESTIONS, seed, "round shape"), shape),
     ]

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from pointalign.config import DataSettings
-from pointalign.data.conversations import Conversation, PointCloudSource, keep_fraction, read_conversations
+from pointalign.data.conversations import (
+    Conversations,
+    PointCloudSource,
+    join_conversations,
+    keep_fraction,
+    read_conversations,
+)
 from pointalign.data.household import HOUSEHOLD_FILE, HouseholdObject, load_household
 from pointalign.data.household_text import build_instructions
-from pointalign.data.objaverse import NumpyClouds
+from pointalign.data.objaverse import BROKEN_OBJECTS, NumpyClouds
+from pointalign.data.packed import INDEX_FILE, JOURNAL_FILE, PackedClouds
 from pointalign.errors import ConfigError, DataError
+from pointalign.progress import say
+from pointalign.storage import write_text
+
+MISSING_FILE = "missing_clouds.txt"
 
 
 class HouseholdClouds:
@@ -40,11 +53,41 @@ class HouseholdClouds:
         return self.objects[object_id].points
 
 
-def open_training_data(settings: DataSettings) -> tuple[PointCloudSource, list[Conversation]]:
-    """The clouds and conversations that a recipe trains on; of `household` only the training split.
+def open_clouds(source: str | Path) -> NumpyClouds | PackedClouds:
+    """Clouds on disk or network storage: a folder of .npy files, or a packed folder or its address.
 
     Raises:
-        ConfigError: when a folder of clouds comes without instruction files.
+        DataError: when they are missing or not whole, or their packing is not finished.
+        MissingDependencyError: when the kind of address needs a package that is not installed.
+    """
+    folder = Path(source)
+    if "://" in str(source) or any((folder / name).is_file() for name in (INDEX_FILE, JOURNAL_FILE)):
+        return PackedClouds(source)
+    return NumpyClouds(folder)
+
+
+def read_clouds(clouds: PointCloudSource, object_ids: Sequence[str]) -> list[np.ndarray]:
+    """Several objects' points, read at once: from network storage a batch comes in the time of one cloud.
+
+    Raises:
+        DataError: when a cloud is missing or broken.
+    """
+    with ThreadPoolExecutor(max(len(object_ids), 1)) as pool:
+        return list(pool.map(clouds.__getitem__, object_ids))
+
+
+def open_training_data(settings: DataSettings, folder: Path | None = None) -> tuple[PointCloudSource, Conversations]:
+    """The clouds and conversations that a recipe trains on; of `household` only the training split.
+
+    What is left out is said on stderr: objects that are known to be broken, and with `skip_missing` those without cloud.
+
+    Args:
+        settings: the recipe's.
+        folder: the run's, where the names of objects without cloud are written.
+
+    Raises:
+        ConfigError: when a folder of clouds comes without instruction files, or a run that is gone on with lacks other
+            clouds than before.
         DataError: when files are missing or broken, or a conversation's cloud is missing.
     """
     if settings.source == "household":
@@ -54,16 +97,48 @@ def open_training_data(settings: DataSettings) -> tuple[PointCloudSource, list[C
     else:
         if not settings.instructions:
             raise ConfigError("data.source is a folder, so data.instructions must name PointLLM-format JSON files")
-        clouds = NumpyClouds(Path(settings.source))
-        conversations = [c for path in settings.instructions for c in read_conversations(path)]
-    wanted = {kind for part in settings.sets for kind in part.types}
-    conversations = [conversation for conversation in conversations if conversation.kind in wanted]
-    kept = keep_fraction((conversation.object_id for conversation in conversations), settings.fraction)
-    conversations = [conversation for conversation in conversations if conversation.object_id in kept]
-    missing = sorted(object_id for object_id in kept if object_id not in clouds)
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(kept)} objects have no cloud in {settings.source} (first: {missing[0]}); "
-            "complete the folder"
+        clouds = open_clouds(settings.source)
+        conversations = _without_broken(
+            join_conversations([read_conversations(path) for path in settings.instructions])
         )
-    return clouds, conversations
+    wanted = {kind for part in settings.sets for kind in part.types}
+    conversations = conversations.select(conversations.of_types(wanted))
+    kept = keep_fraction(conversations.object_ids, settings.fraction)
+    missing = sorted(object_id for object_id in kept if object_id not in clouds)
+    _report_missing(missing, len(kept), settings, folder)
+    return clouds, conversations.select(conversations.about(kept.difference(missing)))
+
+
+def _without_broken(conversations: Conversations) -> Conversations:
+    broken = sorted(BROKEN_OBJECTS.intersection(conversations.names))
+    if not broken:
+        return conversations
+    kept = conversations.select(conversations.about(set(conversations.names).difference(broken)))
+    say(
+        f"left out {len(conversations) - len(kept)} conversations about {len(broken)} objects whose published colours are "
+        f"broken: {', '.join(broken)}"
+    )
+    return kept
+
+
+def _report_missing(missing: Sequence[str], count: int, settings: DataSettings, folder: Path | None) -> None:
+    """Refuse missing clouds, or say which are left out; all their names go into the run's folder."""
+    names = "".join(f"{name}\n" for name in missing)
+    goes_on = settings.skip_missing and len(missing) < count
+    file = folder / MISSING_FILE if folder else None
+    if file and goes_on and file.is_file() and file.read_text(encoding="utf-8") != names:
+        raise ConfigError(
+            f"this run was started while other clouds were missing ({file}); bring the folder back to that state, or name "
+            "another --out"
+        )
+    if file and (missing or goes_on):
+        write_text(file, names)
+    elif file:
+        file.unlink(missing_ok=True)
+    if not missing:
+        return
+    told = f"{len(missing)} of {count} objects have no cloud in {settings.source} (first: {', '.join(missing[:3])})"
+    listed = f"all names are in {file}" if file else "`pointalign data check` lists them all"
+    if not goes_on:
+        raise DataError(f"{told}; complete the folder, or set data.skip_missing to go on without them; {listed}")
+    say(f"{told}; going on without them, {listed}")

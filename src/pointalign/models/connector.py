@@ -110,7 +110,7 @@ class QueryRouter(nn.Module):
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.routing, self.num_chosen = config.routing, config.num_chosen_experts
+        self.config = config
         self.mlp = _mlp([2 * config.input_size, config.router_hidden_size, config.num_query_experts])
 
     def forward(self, point_features: Tensor) -> Tensor:
@@ -121,16 +121,17 @@ class QueryRouter(nn.Module):
         """Which sets to run for each cloud, and the weights that their outputs are summed with.
 
         "sparse" takes the sets of largest softmax weight and does not normalise the weights again; "soft" takes all sets
-        with their softmax weights; "constant" takes all sets equally, whatever the cloud.
+        with their softmax weights; "constant" takes all sets equally, whatever the cloud. The config's `routing` tells which,
+        and may be changed at any time: no weight belongs to one of them alone.
 
         Returns:
             Indices and weights, both (B, chosen).
         """
         weights = self(point_features).softmax(dim=-1)
-        if self.routing == "sparse":
-            top = weights.topk(self.num_chosen, dim=-1)
+        if self.config.routing == "sparse":
+            top = weights.topk(self.config.num_chosen_experts, dim=-1)
             return top.indices, top.values
-        if self.routing == "constant":
+        if self.config.routing == "constant":
             weights = torch.full_like(weights, 1 / weights.shape[-1])
         return torch.arange(weights.shape[-1], device=weights.device).expand_as(weights), weights
 
@@ -145,6 +146,7 @@ class QFormerConnector(nn.Module):
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
+        self.config = config
         qformer_config = config.qformer_config
         assert isinstance(qformer_config, Blip2QFormerConfig)
         width = qformer_config.hidden_size
@@ -169,8 +171,54 @@ class QFormerConnector(nn.Module):
             qformer_output = torch.einsum("be,beqd->bqd", weights, outputs.unflatten(0, chosen.shape))
         return ConnectorOutput(point_tokens=self.language_projection(qformer_output), qformer_output=qformer_output)
 
+    def add_query_experts(self, count: int, noise: float) -> None:
+        """Make several sets of queries of the one there is, and a new router between them; the config follows.
+
+        The first set is the one there was; the others are copies of it with noise, because equal sets that are chosen
+        together would stay equal.
+
+        Args:
+            count: sets in all.
+            noise: standard deviation of what is added to every set but the first.
+
+        Raises:
+            ConfigError: when there are several sets already, or fewer than two are asked for.
+
+        Source: MiniGPT-3D (arXiv 2405.01413), stage IV: 8 sets, the first the trained queries. How the others begin is our
+        choice.
+        """
+        if self.query_router is not None or count < 2:
+            raise ConfigError(
+                f"cannot make {count} sets of queries of {len(self.query_tokens)}; query_experts.count is 2 or more, for a "
+                "model that has one set"
+            )
+        self.config.num_query_experts = count
+        self.config.num_chosen_experts = min(self.config.num_chosen_experts, count)
+        queries = self.query_tokens.detach().repeat(count, 1, 1)
+        queries[1:] += noise * torch.randn_like(queries[1:])
+        self.query_tokens = nn.Parameter(queries)
+        self.query_router = QueryRouter(self.config).to(queries)
+
     def _ask(self, queries: Tensor, encoded: Tensor) -> Tensor:
         return self.qformer(query_embeds=queries, encoder_hidden_states=encoded).last_hidden_state
+
+
+def rest_frozen(part: nn.Module) -> None:
+    """Put a part into evaluation mode as far as it is frozen, so that it computes what it will compute later.
+
+    A part whose matrices are all frozen rests whole, whether or not its norm weights train. Under a LoRA that trains, the
+    LoRA's dropout stays awake.
+
+    Source: released code of PointAlign (arXiv 2603.00412), measured by running it: the frozen Q-Former's own dropout is
+    off, its LoRA's is on.
+    """
+    matrices = [name for name, weight in part.named_parameters() if weight.requires_grad and weight.ndim >= 2]
+    if any(".lora_" not in name for name in matrices):
+        return
+    awake = [module for name, module in part.named_modules() if module.training and ".lora_dropout" in name]
+    part.eval()
+    for dropout in awake if matrices else ():
+        dropout.train()
 
 
 def build_connector(config: ConnectorConfig) -> MLPConnector | QFormerConnector:

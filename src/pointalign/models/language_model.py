@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from pointalign.errors import CheckpointError, MissingDependencyError
@@ -122,6 +124,26 @@ def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(resolve_language_model(name), **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
+        raise _unavailable(name, error) from error
+
+
+@cache
+def _header(gguf: Path) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+
+def load_text_config(name: str) -> PreTrainedConfig:
+    """Load the configuration of a language model alone; arguments and errors as `load_language_model`.
+
+    Of an embedded model it is read from the GGUF file's header, so that nothing is converted for it.
+    """
+    embedded = EMBEDDED.get(name)
+    gguf = installed_file(embedded.package, embedded.gguf_file) if embedded else None
+    try:
+        return (
+            AutoConfig.from_pretrained(resolve_language_model(name)) if gguf is None else copy.deepcopy(_header(gguf))
+        )
+    except (OSError, ValueError) as error:
         raise _unavailable(name, error) from error
 
 

@@ -24,7 +24,7 @@ from transformers.utils.generic import ModelOutput
 import pointalign.models.phi  # noqa: F401  (a saved model may hold the variant, which transformers must know)
 from pointalign.errors import DataError
 from pointalign.models.checkpoint import load_own_weights, merge_adapters, save_own_weights
-from pointalign.models.connector import ConnectorConfig, QFormerConnector, build_connector
+from pointalign.models.connector import ConnectorConfig, QFormerConnector, build_connector, rest_frozen
 from pointalign.models.point_encoder import PointEncoder, PointEncoderConfig
 
 
@@ -112,7 +112,8 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     `input_ids` hold `config.point_token_id` once per point token; the clouds' tokens take those places in order, whatever
     the prompt, the padding side or the number of clouds. Before the language model, modules without a trainable weight
-    stay in evaluation mode while the model trains, so that frozen parts compute what they will compute later.
+    stay in evaluation mode while the model trains, so that frozen parts compute what they will compute later; where only
+    LoRA and norm weights train, its dropout alone is active.
     """
 
     config_class = PointAlignConfig
@@ -162,11 +163,10 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return base.get_decoder()
 
     def train(self, mode: bool = True) -> PointAlignForConditionalGeneration:
-        """Training mode for the parts that train; parts without a trainable weight stay in evaluation mode."""
+        """Training mode for the parts that train; what is frozen before the language model stays in evaluation mode."""
         super().train(mode)
         for part in (self.point_encoder, *self.connector.children()):
-            if not any(parameter.requires_grad for parameter in part.parameters()):
-                part.eval()
+            rest_frozen(part)
         return self
 
     def encode_points(self, point_clouds: Tensor | None = None, point_features: Tensor | None = None) -> PointFeatures:
