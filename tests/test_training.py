@@ -352,3 +352,11 @@ def test_the_regulariser_of_a_recipe(model, build_model):
         build_regularizer(model, AlignmentSettings(weight=0.1), 0)
     with pytest.raises(ConfigError, match=r"alignment\.target qformer needs a Q-Former"):
         build_regularizer(build_model(kind="mlp"), AlignmentSettings(weight=0.1, layers=[2]), 0)
+
+
+def test_a_lora_that_is_there_goes_on_and_says_so(adapted, capsys):
+    add_lora(adapted, LoraSettings(rank=2, target_modules=["q_proj"]), train_norms=True)
+    assert capsys.readouterr().err == ""
+    add_lora(adapted, LoraSettings(rank=64), train_norms=True)
+    assert "has a LoRA already (rank 2, alpha 16, dropout 0.05)" in capsys.readouterr().err
+    assert adapted.language_model.peft_config["default"].r == 2

@@ -12,6 +12,7 @@ from pointalign.config import LoraSettings, QueryExpertSettings, Recipe
 from pointalign.errors import ConfigError
 from pointalign.models.connector import QFormerConnector
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
+from pointalign.progress import say
 
 # What a recipe's `trains` can name, and the parameters it means (PAPER terms; MiniGPT-3D's and PointAlign's stages).
 PARTS: dict[str, Callable[[str], bool]] = {
@@ -59,6 +60,7 @@ def add_lora(model: PointAlignForConditionalGeneration, settings: LoraSettings, 
     Source: PointAlign (arXiv 2603.00412): r=64, alpha=16, dropout 0.05 on the attention's linears; norm weights train.
     """
     if isinstance(model.language_model, PeftModel):
+        _say_if_other(model.language_model, settings, "language model", "lora")
         return
     model.language_model = get_peft_model(
         model.language_model,
@@ -84,6 +86,7 @@ def add_qformer_lora(model: PointAlignForConditionalGeneration, settings: LoraSe
     """
     connector = _qformer_connector(model, "trains: qformer_lora")
     if isinstance(connector.qformer, PeftModel):
+        _say_if_other(connector.qformer, settings, "Q-Former", "qformer_lora")
         return
     connector.qformer = get_peft_model(  # pyright: ignore[reportAttributeAccessIssue]
         connector.qformer,
@@ -95,6 +98,16 @@ def add_qformer_lora(model: PointAlignForConditionalGeneration, settings: LoraSe
             modules_to_save=norm_modules(connector.qformer) if train_norms else None,
         ),
     )
+
+
+def _say_if_other(adapted: PeftModel, settings: LoraSettings, part: str, name: str) -> None:
+    """Tell people when a part's LoRA, which goes on training as it is, differs from what the recipe would make."""
+    own: Any = adapted.peft_config["default"]
+    if (own.r, own.lora_alpha, own.lora_dropout) != (settings.rank, settings.alpha, settings.dropout):
+        say(
+            f"the {part} has a LoRA already (rank {own.r}, alpha {own.lora_alpha}, dropout {own.lora_dropout:g}); it goes on "
+            f"training, and {name} of the recipe, which describes a new one, is not used"
+        )
 
 
 def set_query_experts(model: PointAlignForConditionalGeneration, settings: QueryExpertSettings) -> None:

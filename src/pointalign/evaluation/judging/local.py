@@ -1,0 +1,140 @@
+"""The `hf` judge: a language model of transformers on this machine, greedy."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pointalign.device import native_bf16
+from pointalign.errors import ConfigError
+from pointalign.evaluation.judging.prompted import PromptedJudge
+from pointalign.evaluation.judging.prompts import JudgePrompts
+from pointalign.evaluation.judging.replies import Reply
+from pointalign.models.language_model import load_language_model, load_tokenizer, resolve_language_model
+
+
+class LocalJudge(PromptedJudge):
+    """A causal language model with or without a chat template; it is loaded when there is something to ask.
+
+    It computes in bfloat16 where that is native, spread over the accelerators where there are any.
+
+    Args:
+        model: a short name, a Hub id or a folder, as `load_language_model` takes it.
+        prompts: one per task.
+        max_tokens: longest reply.
+        batch_size: prompts at a time.
+
+    Raises:
+        ConfigError: when no model is named.
+    """
+
+    kind = "hf"
+
+    def __init__(self, model: str | None, prompts: JudgePrompts, max_tokens: int = 128, batch_size: int = 8) -> None:
+        if not model:
+            raise ConfigError("the hf judge needs a model; give --judge-model NAME, a Hub id or a folder")
+        if max_tokens < 1:
+            raise ConfigError("the hf judge needs a longest reply; give --judge-max-tokens 1 or more")
+        super().__init__(model, prompts)
+        self.max_tokens, self.batch_size = max_tokens, batch_size
+        self.precision = "bfloat16" if native_bf16() else "float32"
+        self.source = resolve_language_model(model)
+        self.weights = _fingerprint(self.source)
+        self._loaded: tuple[Any, Any] | None = None
+
+    def details(self) -> dict[str, Any]:
+        """What a report states of the judge: model, weights, precision, prompt."""
+        settings = {"weights": self.weights, "precision": self.precision, "max_tokens": self.max_tokens}
+        return {**super().details(), **settings}
+
+    def request(self, prompt: str) -> dict[str, Any]:
+        """All that the reply to a prompt depends on, but for rounding, which depends on the batch and the machine."""
+        settings = {"weights": self.weights, "precision": self.precision, "max_tokens": self.max_tokens}
+        return {"model": self.model, "prompt": prompt, **settings}
+
+    def ask(self, prompts: Sequence[str], known: Mapping[str, Reply], keep: Callable[[str, Reply], None]) -> None:
+        """Generate the replies that are not known yet.
+
+        A batch is generated whole if any of it is missing, so that a stopped run goes on with the same batches.
+
+        Raises:
+            CheckpointError: when the model cannot be loaded.
+            ConfigError: when a prompt is too long for it.
+        """
+        for start in range(0, len(prompts), self.batch_size):
+            batch = prompts[start : start + self.batch_size]
+            if all(prompt in known for prompt in batch):
+                continue
+            for prompt, reply in zip(batch, self._generate(batch), strict=True):
+                if prompt not in known:
+                    keep(prompt, reply)
+
+    @torch.inference_mode()
+    def _generate(self, prompts: Sequence[str]) -> list[Reply]:
+        model, tokenizer = self._load()
+        encoded = tokenizer(
+            [_as_turn(tokenizer, prompt) for prompt in prompts],
+            add_special_tokens=tokenizer.chat_template is None,
+            padding=True,
+            return_tensors="pt",
+        ).to(model.device)
+        length = encoded["input_ids"].shape[1]
+        self._check_length(model, length)
+        ids = model.generate(
+            **encoded,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=self.max_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )[:, length:]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        prompt_tokens = encoded["attention_mask"].sum(dim=1).tolist()
+        reply_tokens = (ids != tokenizer.pad_token_id).sum(dim=1).tolist()
+        return [
+            Reply(text.strip(), *counts, served_by=self.model)
+            for text, *counts in zip(texts, prompt_tokens, reply_tokens, strict=True)
+        ]
+
+    def _check_length(self, model: Any, length: int) -> None:
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and length + self.max_tokens > longest:
+            raise ConfigError(
+                f"a prompt of {length} tokens and a reply of {self.max_tokens} do not fit into the {longest} of "
+                f"{self.model}; use another --judge-model or a shorter --judge-prompt"
+            )
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            placing = {"device_map": "auto"} if torch.accelerator.is_available() else {}
+            model = load_language_model(self.source, dtype=getattr(torch, self.precision), **placing).eval()
+            tokenizer = load_tokenizer(self.source)
+            tokenizer.padding_side = "left"
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            self._loaded = (model, tokenizer)
+        return self._loaded
+
+
+def _as_turn(tokenizer: Any, prompt: str) -> str:
+    if tokenizer.chat_template is None:
+        return prompt
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+
+
+def _fingerprint(source: str) -> str | None:
+    """Eight digits that change when the files of a folder do, copying included; None for a Hub id."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    told = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:8]
