@@ -129,7 +129,7 @@ def open_lazily(folder: Path) -> dict[str, Any]:
     dataset = ConversationDataset(conversations, processor, Points(clouds, processor), 512)
     sampler = mixture(dataset, Recipe(data=settings))(10_000, 0, 1)
     batch = Collator(processor)([dataset[index] for index in next(iter(sampler))])
-    ready = time.perf_counter()
+    ready, busy = time.perf_counter(), time.process_time()
     draw = random.Random(2)
     numbers = [draw.randrange(len(conversations)) for _ in range(5000)]
     for number in numbers:
@@ -141,6 +141,7 @@ def open_lazily(folder: Path) -> dict[str, Any]:
         "kept": len(conversations),
         "open_seconds": round(opened - start, 2),
         "first_batch_seconds": round(ready - opened, 2),
+        "cpu_seconds": round(busy, 2),
         "first_batch": list(batch["input_ids"].shape),
         "read_microseconds": round((read - ready) / len(numbers) * 1e6, 1),
         "batches_10000_seconds": round(time.perf_counter() - read, 2),

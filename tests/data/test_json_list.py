@@ -35,8 +35,9 @@ def read(tmp_path, monkeypatch):
         path = tmp_path / "list.json"
         path.write_bytes(content)
         values = []
-        for value, place, length in json_entries(path):
-            assert json.loads(content[place : place + length]) == value
+        for value, place, entry in json_entries(path):
+            assert content[place : place + len(entry)] == entry
+            assert json.loads(entry) == value
             values.append(value)
         return values
 

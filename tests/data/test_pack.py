@@ -346,7 +346,8 @@ def test_killed_and_run_again_equals_never_stopped(tmp_path, out, shards, monkey
     # A line cut short and a file half written, as a kill in another moment leaves them.
     with (out / JOURNAL_FILE).open("a") as journal:
         journal.write('{"shard": "clouds-000')
-    (out / ".0123456789ab-clouds-00029.parquet").write_bytes(b"half")
+    for name in ("clouds-00029.parquet", INDEX_FILE):
+        (out / f".0123456789ab-{name}").write_bytes(b"half")
     assert len(read_again(folder, out, monkeypatch)) == 120 - 4 * len(journaled)
     for name in journaled:
         assert (out / name).stat().st_mtime_ns == kept[name]

@@ -53,11 +53,11 @@ CLOUDS = Expected(
 )
 INSTRUCTIONS = (
     Expected("anno_data/PointLLM_brief_description_660K_filtered.json", "MiniGPT-3D stages I and II"),
-    Expected("anno_data/PointLLM_brief_description_660K.json", "the same with the held-out objects", needed=False),
+    Expected("anno_data/PointLLM_brief_description_660K.json", "captions of all 3,000 held-out objects", needed=False),
     Expected("anno_data/PointLLM_complex_instruction_70K.json", "MiniGPT-3D stages III and IV, PointAlign"),
     Expected("anno_data/PointLLM_brief_description_val_200_GT.json", "Objaverse evaluation", count=200),
 )
-HELD_OUT = Expected("anno_data/val_object_ids_3000.txt", "no training may see these objects", count=3000)
+HELD_OUT = Expected("anno_data/val_object_ids_3000.txt", "the held-out objects, which no training may see", count=3000)
 MODELNET = Expected(f"modelnet40_data/{MODELNET_FILE}", "ModelNet40 evaluation", count=2468)
 
 

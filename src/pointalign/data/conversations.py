@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from array import array
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,10 +100,10 @@ def _message(speaker: str, value: str) -> dict[str, Any]:
 
 
 class _EntryFile(Sequence[Conversation]):
-    """Conversations of an instruction file, each read from its place when it is asked for."""
+    """Conversations of an instruction file, each read from its place when it is asked for, and held against its checksum."""
 
-    def __init__(self, path: Path, places: np.ndarray, lengths: np.ndarray) -> None:
-        self.path, self.places, self.lengths = path, places, lengths
+    def __init__(self, path: Path, places: np.ndarray, lengths: np.ndarray, checksums: np.ndarray) -> None:
+        self.path, self.places, self.lengths, self.checksums = path, places, lengths, checksums
 
     def __len__(self) -> int:
         return len(self.places)
@@ -111,12 +112,14 @@ class _EntryFile(Sequence[Conversation]):
         try:
             with self.path.open("rb") as file:
                 file.seek(int(self.places[index]))
-                item = json.loads(file.read(int(self.lengths[index])))
-        except (OSError, ValueError) as error:
+                content = file.read(int(self.lengths[index]))
+        except OSError as error:
+            raise DataError(f"cannot read {self.path} again: {error.strerror}; leave it while it is in use") from error
+        if zlib.crc32(content) != self.checksums[index]:
             raise DataError(
-                f"cannot read entry {index} of {self.path} again ({error}); leave the file as it is while it is in use"
-            ) from error
-        return parse_conversation(item, f"{self.path}, entry {index}")
+                f"entry {index} of {self.path} changed after it was opened; leave it as it is while it is in use"
+            )
+        return parse_conversation(json.loads(content), f"{self.path}, entry {index}")
 
 
 class Conversations(Sequence[Conversation]):
@@ -145,14 +148,8 @@ class Conversations(Sequence[Conversation]):
         """
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
-        store, row, name, _ = self.columns[index].item()
-        conversation = self.stores[store][row]
-        if conversation.object_id != self.names[name]:
-            raise DataError(
-                f"conversation {index} was about {self.names[name]} and is about {conversation.object_id} now; leave "
-                "instruction files as they are while they are in use"
-            )
-        return conversation
+        store, row, *_ = self.columns[index].item()
+        return self.stores[store][row]
 
     @property
     def object_ids(self) -> list[str]:
@@ -215,21 +212,23 @@ def list_conversations(conversations: Sequence[Conversation]) -> Conversations:
 
 def _open_file(path: Path) -> Conversations:
     numbers: dict[str, int] = {}
-    names, kinds, places, lengths = array("i"), array("B"), array("q"), array("i")
+    names, kinds, places, lengths, checksums = array("i"), array("B"), array("q"), array("i"), array("I")
     try:
         mebibytes = path.stat().st_size // MEBIBYTE
         with progress(f"reading {path.name} (MiB)", mebibytes, patience=QUICK_SECONDS) as advance:
-            for index, (item, place, length) in enumerate(json_entries(path, advance)):
+            for index, (item, place, content) in enumerate(json_entries(path, advance)):
                 conversation = parse_conversation(item, f"{path}, entry {index}")
                 names.append(numbers.setdefault(conversation.object_id, len(numbers)))
                 kinds.append(CONVERSATION_TYPES.index(conversation.kind))
                 places.append(place)
-                lengths.append(length)
+                lengths.append(len(content))
+                checksums.append(zlib.crc32(content))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; give an instruction file") from error
     columns = np.zeros(len(names), Conversations.COLUMNS)
     columns["row"], columns["name"], columns["kind"] = np.arange(len(names)), names, kinds
-    return Conversations([_EntryFile(path, np.array(places), np.array(lengths))], list(numbers), columns)
+    entries = _EntryFile(path, np.array(places), np.array(lengths), np.array(checksums, dtype=np.uint32))
+    return Conversations([entries], list(numbers), columns)
 
 
 def keep_fraction(object_ids: Iterable[str], fraction: float) -> set[str]:

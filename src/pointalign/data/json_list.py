@@ -35,10 +35,10 @@ class _Window:
             self.text, self.at = self.text[self.at :] + text, 0
         return bool(data)
 
-    def move(self, end: int) -> int:
-        """Go to an index of the text; the number of bytes that lie between."""
-        passed = end - self.at if self.text.isascii() else len(self.text[self.at : end].encode())
-        self.at, self.place = end, self.place + passed
+    def move(self, end: int) -> bytes:
+        """Go to an index of the text; the bytes that lie between."""
+        passed = self.text[self.at : end].encode()
+        self.at, self.place = end, self.place + len(passed)
         return passed
 
     def mark(self) -> str:
@@ -54,8 +54,8 @@ class _Window:
         self.move(self.at + len(mark))
         return mark
 
-    def value(self) -> tuple[Any, int, int]:
-        """The value that comes next, where it starts, and how many bytes long it is."""
+    def value(self) -> tuple[Any, int, bytes]:
+        """The value that comes next, where it starts, and its bytes."""
         self.mark()
         while True:
             try:
@@ -68,7 +68,9 @@ class _Window:
                     raise
 
 
-def json_entries(path: Path, advance: Callable[[int], None] = lambda mebibytes: None) -> Iterator[tuple[Any, int, int]]:
+def json_entries(
+    path: Path, advance: Callable[[int], None] = lambda mebibytes: None
+) -> Iterator[tuple[Any, int, bytes]]:
     """The entries of a JSON file that holds one list, in memory of the size of an entry.
 
     Args:
@@ -76,7 +78,7 @@ def json_entries(path: Path, advance: Callable[[int], None] = lambda mebibytes: 
         advance: called with the number of mebibytes read since the last call.
 
     Yields:
-        An entry, the place of its first byte in the file, and its length in bytes.
+        An entry, the place of its first byte in the file, and its bytes.
 
     Raises:
         OSError: when the file cannot be read.

@@ -112,7 +112,8 @@ def _pack_shards(clouds: NumpyClouds, out: Path, skip_broken: bool, readers: int
     }
     stale = [path for path in out.glob("clouds-*.parquet") if path.name not in plan]
     # What a killed process was writing; nobody else writes here.
-    stale += out.glob(".????????????-clouds-*.parquet")
+    for name in ("clouds-*.parquet", INDEX_FILE, JOURNAL_FILE, BROKEN_FILE):
+        stale += out.glob(f".????????????-{name}")
     if stale or len(done) < len(plan):
         (out / INDEX_FILE).unlink(missing_ok=True)
     for path in stale:
@@ -162,7 +163,9 @@ def _open_journal(out: Path, folder: Path) -> dict[str, _Packed]:
         except ValueError:
             continue
     if not lines or lines[0] != head:
-        raise ConfigError(f"{out} was packed from another folder than {folder}, or in another layout; name another --out")
+        raise ConfigError(
+            f"{out} was packed from another folder than {folder}, or in another layout; name another --out"
+        )
     packed = {line["shard"]: _Packed(**line) for line in lines[1:]}
     # Written anew, so that the next line starts at the beginning of one.
     write_text(path, "".join(json.dumps(line) + "\n" for line in (head, *map(asdict, packed.values()))))
