@@ -162,6 +162,17 @@ def processor(tokenizer: Any) -> PointAlignProcessor:
     return PointAlignProcessor(tokenizer, num_points=NUM_POINTS, num_point_tokens=5, min_points=6)
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model` and `processor`, as `pointalign` commands take it."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    make_model().save_pretrained(folder)
+    PointAlignProcessor(make_tokenizer(), num_points=NUM_POINTS, num_point_tokens=5, min_points=6).save_pretrained(
+        folder
+    )
+    return folder
+
+
 @pytest.fixture
 def clouds() -> Tensor:
     """Four coloured clouds (4, N, 6) as the processor gives them."""

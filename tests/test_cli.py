@@ -65,6 +65,22 @@ def test_recipes_end_in_a_json_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(last_line(out)) == {"recipes": recipe_names()}
 
 
+def test_a_recipe_is_told_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "recipes", "pointalign")
+    assert status == 0
+    assert "pointalign import-checkpoint minigpt-3d" in err
+    assert json.loads(last_line(out))["head"][1].startswith("Published: 66.08")
+    status, out, err = run(capsys, "recipes", "pointalign", "--count")
+    assert status == 0
+    told = json.loads(last_line(out))
+    assert (told["trained"], told["total"]) == (39_939_584, 2_962_307_072)
+    assert told["parts"]["alignment_projector"] == {"total": 8_310_784, "trained": 8_310_784}
+    assert "8,310,784" in err
+    status, _, err = run(capsys, "recipes", "pointaling")
+    assert status == 1
+    assert "(nearest: pointalign" in last_line(err)
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads_and_shows_its_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert load_recipe(name).name == name

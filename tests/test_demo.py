@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from pointalign.demo import evaluate_arm
 from pointalign.demo_report import pick_shown
-from pointalign.evaluation.run import RESULTS_FILE
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,8 @@ def test_both_fine_tunes_start_from_one_model_and_see_the_same_batches(demo: tup
 
 def test_answers_are_kept_verbatim(demo: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = demo
-    results = json.loads((folder / "aligned" / "evaluation" / RESULTS_FILE).read_text())
+    results = evaluate_arm(folder / "aligned")
+    assert (folder / "aligned" / "evaluation" / "household-captioning" / "answers-caption.json").is_file()
     assert all({"answer", "caption", "reference", "predicted", "label"} <= row.keys() for row in results["objects"])
     assert pick_shown(results["objects"]) == sorted(set(pick_shown(results["objects"])))
 

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pointalign.alignment import AlignmentProjector, AlignmentRegularizer, alignment_loss
+    from pointalign.data.files.cloud import PointCloud
+    from pointalign.data.files.load import load_point_cloud
     from pointalign.data.household import load_household
     from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
     from pointalign.models.processing import PointAlignProcessor
+    from pointalign.pipelines import pipeline
 
 __version__ = "0.1.0"
 
@@ -19,8 +22,11 @@ _HOMES = {
     "PointAlignConfig": "pointalign.models.pointalign",
     "PointAlignForConditionalGeneration": "pointalign.models.pointalign",
     "PointAlignProcessor": "pointalign.models.processing",
+    "PointCloud": "pointalign.data.files.cloud",
     "alignment_loss": "pointalign.alignment",
     "load_household": "pointalign.data.household",
+    "load_point_cloud": "pointalign.data.files.load",
+    "pipeline": "pointalign.pipelines",
 }
 
 __all__ = [
@@ -29,8 +35,11 @@ __all__ = [
     "PointAlignConfig",
     "PointAlignForConditionalGeneration",
     "PointAlignProcessor",
+    "PointCloud",
     "alignment_loss",
     "load_household",
+    "load_point_cloud",
+    "pipeline",
 ]
 
 

@@ -12,9 +12,23 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pointalign import __version__
-from pointalign.config import Recipe, load_recipe, recipe_names
+from pointalign.config import Recipe, load_recipe, recipe_head, recipe_names
 from pointalign.errors import PointAlignError
+from pointalign.judge_settings import JudgeName, JudgeSettings
+from pointalign.options import AS_THE_FILE_SAYS, FROM_ENVIRONMENT, GREEDY, Decoding, ManyFiles, ModelChoice, Reading
 
+BenchmarkName = Literal[
+    "household-classification",
+    "household-captioning",
+    "modelnet40",
+    "objaverse-classification",
+    "objaverse-captioning",
+    "own",
+    "own-classification",
+    "own-captioning",
+    "language-retention",
+    "all",
+]
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
@@ -39,23 +53,199 @@ class Train:
 
 @dataclass
 class Evaluate:
-    """Evaluate a model on held-out objects: closed-set accuracy, free-form answers, captions."""
+    """Evaluate a model: its answers to the field's benchmarks, the bundled objects or your own, judged, with intervals."""
 
     model: str
     """Folder or Hub id of a trained model."""
+    benchmark: list[BenchmarkName] = field(default_factory=list)
+    """What is asked: one or several, or all that the data on disk allow; the household objects when not given."""
+    judge: JudgeName | Literal["likelihood", "none"] | None = None
+    """likelihood: the most probable label, no judge; none: answers only; each benchmark's own when not given."""
+    data: Path = Path("data")
+    """Root of the field's files, see docs/data.md."""
+    val_objects: Literal[200, 3000] = 200
+    """Held-out Objaverse objects: the 200 of the published tables, or all 3000."""
+    clouds: Path | None = None
+    """Your own data: folder of {object_id}.npy or other 3D files."""
+    truth: Path | None = None
+    """Your own data: CSV or JSON file of object_id and label, caption or both."""
+    classes: Path | None = None
+    """Your own data: text file with the closed set of labels, one per line; those that occur when not given."""
     out: Path | None = None
-    """Folder for the results; evaluation beside the model when not given."""
+    """Folder for answers and results; evaluation beside the model when not given."""
     limit: int | None = None
-    """Only the first objects; all when not given."""
+    """Only the first objects of each benchmark; all when not given."""
+    batch_size: int | None = None
+    """Clouds at a time; each benchmark's own when not given."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens; each benchmark's own when not given."""
+    seed: int = 0
+    """Of the classes that stand in for answers without one, and of sampling where --as-released samples."""
+    embedders: list[str] = field(default_factory=list)
+    """Sentence embedders for captions; each benchmark's own when not given."""
+    base_language_model: str | None = None
+    """language-retention: what to compare with, where the model does not tell."""
     as_released: bool = False
-    """Ask with the released code's evaluation prompt (imported MiniGPT-3D and PointAlign models only)."""
+    """The released code's evaluation prompt and sampling (imported MiniGPT-3D and PointAlign models only)."""
+    settings: Annotated[JudgeSettings, tyro.conf.arg(name="")] = field(default_factory=JudgeSettings)
 
     def run(self) -> dict[str, Any]:
-        from pointalign.evaluation.run import evaluate
+        from pointalign.evaluation.asking import EvaluationSettings
+        from pointalign.evaluation.opening import Sources
+        from pointalign.evaluation.run import default_out, evaluate
 
-        out = self.out or Path(self.model).parent / "evaluation"
-        summary = evaluate(self.model, out, self.limit, self.as_released)
-        return {name: value for name, value in summary.items() if name != "objects"}
+        settings = EvaluationSettings(
+            benchmarks=tuple(self.benchmark),
+            judge=self.judge,
+            judge_options=vars(self.settings),
+            sources=Sources(self.data, self.val_objects, self.clouds, self.truth, self.classes),
+            limit=self.limit,
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            as_released=self.as_released,
+            embedders=tuple(self.embedders),
+            base_language_model=self.base_language_model,
+        )
+        return evaluate(self.model, self.out or default_out(self.model), settings)
+
+
+@dataclass
+class Compare:
+    """Compare two evaluated models over the same objects, with paired intervals and where they disagree."""
+
+    results: tyro.conf.Positional[list[str]]
+    """Two results.json files or their folders; or several seeds a side: A1 A2 A3 vs B1 B2 B3."""
+    out: Path = Path("runs/comparison")
+    """Folder for the report."""
+    seed: int = 0
+    """Of the resampling."""
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.evaluation.compare import compare, split_sides
+
+        first, second = split_sides(self.results)
+        return compare(first, second, self.out, self.seed)
+
+
+@dataclass
+class Judge:
+    """Score a file of answers in the field's format, ours or a peer's, with a judge."""
+
+    answers: tyro.conf.Positional[Path]
+    """The answers file."""
+    task: Literal["closed-set", "open-vocabulary", "captioning"]
+    """Which of the classes the answer names; whether it names the same kind of object as the reference; 0 to 100."""
+    judge: JudgeName = "match"
+    """match and embedding need no language model; llm asks an OpenAI-compatible endpoint, hf a model on this machine."""
+    labels: str = "modelnet40"
+    """The classes of the closed set: modelnet40, household, or a CSV file of label,synonyms."""
+    out: Path | None = None
+    """JSON file for the summary and every verdict; beside the answers when not given."""
+    seed: int = 0
+    """Of the random classes that stand in for answers without one."""
+    dry_run: bool = False
+    """Show a prompt and how many there are; ask nothing."""
+    settings: Annotated[JudgeSettings, tyro.conf.arg(name="")] = field(default_factory=JudgeSettings)
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.evaluation.judging.command import judge_file
+
+        given = {name: value for name, value in vars(self).items() if name != "settings"}
+        return judge_file(**given, **vars(self.settings))
+
+
+@dataclass
+class Chat:
+    """Talk about a 3D file: on a terminal with commands (/help), between pipes one question per line."""
+
+    file: tyro.conf.Positional[str]
+    """The 3D file."""
+    choice: Annotated[ModelChoice, tyro.conf.arg(name="")] = FROM_ENVIRONMENT
+    decoding: Annotated[Decoding, tyro.conf.arg(name="")] = GREEDY
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = AS_THE_FILE_SAYS
+
+    def run(self) -> None:
+        from pointalign.answering.loading import load_answerer
+        from pointalign.chat import chat
+
+        chat(self.file, load_answerer(**vars(self.choice)), self.decoding, self.reading)
+
+
+@dataclass
+class Caption:
+    """Caption 3D files: one JSON line for each, with its path and a caption or an error."""
+
+    paths: tyro.conf.Positional[list[str]]
+    """Files, folders (all 3D files below) and patterns."""
+    question: str | None = None
+    """What the model is asked; "Caption this 3D model in detail." when not given."""
+    choice: Annotated[ModelChoice, tyro.conf.arg(name="")] = FROM_ENVIRONMENT
+    many: Annotated[ManyFiles, tyro.conf.arg(name="")] = field(default_factory=ManyFiles)
+    decoding: Annotated[Decoding, tyro.conf.arg(name="")] = GREEDY
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = AS_THE_FILE_SAYS
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.answering.files import answer_files
+        from pointalign.answering.jobs import caption_job
+
+        job = caption_job(self.question, self.decoding)
+        return answer_files(self.paths, job, self.choice, self.reading, self.many)
+
+
+@dataclass
+class Classify:
+    """Tell how probable each of your labels is for 3D files: one JSON line for each file."""
+
+    paths: tyro.conf.Positional[list[str]]
+    """Files, folders (all 3D files below) and patterns."""
+    labels: str | None = None
+    """The labels, separated by commas."""
+    labels_file: Path | None = None
+    """A file with one label per line."""
+    top: int | None = None
+    """Only so many of the most probable labels in each line; all when not given."""
+    free: bool = False
+    """Ask "What is this?" too, for an answer in the model's own words; labels are then optional."""
+    question: str | None = None
+    """What the labels answer; "Which class of object is this?" when not given."""
+    choice: Annotated[ModelChoice, tyro.conf.arg(name="")] = FROM_ENVIRONMENT
+    many: Annotated[ManyFiles, tyro.conf.arg(name="")] = field(default_factory=ManyFiles)
+    decoding: Annotated[Decoding, tyro.conf.arg(name="")] = GREEDY
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = AS_THE_FILE_SAYS
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.answering.files import answer_files
+        from pointalign.answering.jobs import classify_job, read_labels
+
+        labels = read_labels(self.labels, self.labels_file)
+        job = classify_job(labels, self.top, self.free, self.question, self.decoding)
+        return answer_files(self.paths, job, self.choice, self.reading, self.many)
+
+
+@dataclass
+class Render:
+    """Draw a 3D file as a model sees it: its cloud from five sides, as a PNG."""
+
+    file: tyro.conf.Positional[str]
+    """The 3D file, or - for standard input."""
+    out: Path
+    """PNG to write."""
+    points: int | None = None
+    """Points of the cloud; the model's, else 8192, when not given."""
+    model: str | None = None
+    """Folder or Hub id of the model whose number of points and missing colour are taken."""
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = AS_THE_FILE_SAYS
+
+    def run(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        from pointalign.rendering import render_file
+
+        result = render_file(self.file, self.out, self.points, self.model, asdict(self.reading))
+        for note in result["notes"]:
+            print(note, file=sys.stderr)
+        return result
 
 
 @dataclass
@@ -88,6 +278,57 @@ class BuildHousehold:
         from pointalign.data.household_build import build_household
 
         return build_household(source=self.source, out=self.out, notice=self.notice)
+
+
+@dataclass
+class BuildExtra:
+    """Build a file of extra training objects from models of free games: docs/extra_data.md tells which packages."""
+
+    source: list[Path]
+    """Folders that the Debian packages were unpacked into; packages that are absent are told and left out."""
+    out: Path
+    """Parquet file to write."""
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.data.extra_build import build_extra
+
+        return build_extra(sources=self.source, out=self.out)
+
+
+@dataclass
+class CheckData:
+    """Tell what of the field's data a folder holds and lacks, file by file; exit status 1 when something is missing."""
+
+    folder: tyro.conf.Positional[Path]
+    """Root of the layout, see docs/data.md."""
+    clouds: str | None = None
+    """Folder or address of the clouds, when they lie elsewhere."""
+    list: Path | None = None
+    """File for the names of all objects without cloud."""
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.data.check import check_data
+
+        return check_data(self.folder, self.clouds, self.list)
+
+
+@dataclass
+class PackData:
+    """Pack a folder of 660K small .npy clouds into Parquet shards for data.source; run again, it goes on."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of {object_id}_8192.npy files."""
+    out: Path
+    """Folder for the shards."""
+    skip_broken: bool = False
+    """Leave broken files out; else they are named, and the packing ends without the index that training needs."""
+    readers: int = 8
+    """Files that are read at once."""
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.data.pack import pack_clouds
+
+        return pack_clouds(self.folder, self.out, self.skip_broken, self.readers)
 
 
 @dataclass
@@ -132,22 +373,49 @@ class ImportCheckpoint:
 
 @dataclass
 class Recipes:
-    """List the recipes that come with the package."""
+    """List the recipes that come with the package, tell what one reproduces and needs, or count what it trains."""
+
+    name: tyro.conf.Positional[str | None] = None
+    """One recipe; all when not given."""
+    count: bool = False
+    """Count the weights of the recipe's model at full size, part by part; nothing is loaded but sizes."""
+    page: Path | None = None
+    """A page whose tables of all recipes are rewritten (docs/recipes.md)."""
 
     def run(self) -> dict[str, Any]:
+        if self.page is not None or self.count:
+            return self._count()
+        if self.name is not None:
+            lines = recipe_head(self.name)
+            print("\n".join(lines), file=sys.stderr)
+            return {"recipe": self.name, "head": lines}
         for name in recipe_names():
-            print(f"{name:30} {load_recipe(name).stage}", file=sys.stderr)
+            print(f"{name:32} {recipe_head(name)[0]}", file=sys.stderr)
         return {"recipes": recipe_names()}
+
+    def _count(self) -> dict[str, Any]:
+        from pointalign import recipe_table
+
+        if self.page is not None:
+            recipe_table.rewrite_page(self.page)
+            return {"page": str(self.page)}
+        return recipe_table.tell_counts() if self.name is None else recipe_table.tell_count(self.name)
 
 
 VERBS: dict[str, Any] = {
     "train": Train,
     "evaluate": Evaluate,
+    "compare": Compare,
+    "chat": Chat,
+    "caption": Caption,
+    "classify": Classify,
+    "render": Render,
+    "judge": Judge,
     "demo": Demo,
     "recipes": Recipes,
     "import-checkpoint": ImportCheckpoint,
 }
-DATA_VERBS: dict[str, Any] = {"household": BuildHousehold}
+DATA_VERBS: dict[str, Any] = {"check": CheckData, "pack": PackData, "household": BuildHousehold, "extra": BuildExtra}
 
 
 def _usage() -> str:
@@ -215,8 +483,11 @@ def _run(given: list[str], debug: bool) -> int:
         where = f" {error.filename}" if error.filename else ""
         print(f"pointalign: {error.strerror or error}{where}; check the path and the free space", file=sys.stderr)
         return EXIT_FAILED
-    from pointalign.run_folder import is_first_process
+    if result is None:
+        return 0
+    from pointalign.progress import is_first_process
 
     if is_first_process():
         print(json.dumps(result))
-    return 0
+    # A check that was made and found something missing has its result on stdout all the same.
+    return 0 if result.get("complete", True) else EXIT_FAILED

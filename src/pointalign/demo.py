@@ -11,12 +11,18 @@ from typing import Any
 from pointalign.config import Recipe, load_recipe
 from pointalign.data.household import load_household
 from pointalign.demo_report import write_report
-from pointalign.evaluation.metrics import paired_difference
-from pointalign.evaluation.run import RESULTS_FILE, evaluate
+from pointalign.evaluation.asking import EvaluationSettings
+from pointalign.evaluation.results import RESULTS_FILE
+from pointalign.evaluation.run import evaluate
+from pointalign.evaluation.statistics import paired_difference
+from pointalign.evaluation.text_metrics import measure_name
 from pointalign.run_folder import RunFolder
 from pointalign.runs import train
+from pointalign.sentence_embedding import MINILM
 
 ARMS = ("baseline", "aligned")
+CLASSIFIED = Path("household-classification", "likelihood", RESULTS_FILE)
+CAPTIONED = Path("household-captioning", "metrics", RESULTS_FILE)
 
 
 def demo_recipes(out: Path, fast: bool) -> dict[str, Recipe]:
@@ -41,6 +47,44 @@ def demo_recipes(out: Path, fast: bool) -> dict[str, Recipe]:
     return recipes
 
 
+def evaluate_arm(folder: Path, limit: int | None = None) -> dict[str, Any]:
+    """Evaluate one fine-tune, unless that is done, and put what is known of each object together.
+
+    Args:
+        folder: the run's.
+        limit: only so many objects.
+
+    Returns:
+        The classification's numbers; `caption_similarity` with mean and interval, `distinct_captions`; and `objects`: for each
+        its `label`, the class `predicted` by likelihood and whether that is `correct`, the free `answer`, the `caption`, its
+        `reference` and its `caption_similarity`.
+    """
+    out = folder / "evaluation"
+    if not all((out / file).is_file() for file in (CLASSIFIED, CAPTIONED)):
+        evaluate(folder / "model", out, EvaluationSettings(limit=limit))
+    classified, captioned = (json.loads((out / file).read_text(encoding="utf-8")) for file in (CLASSIFIED, CAPTIONED))
+    measure = measure_name(MINILM)
+    rows = [
+        {
+            "object_id": row["object_id"],
+            "label": row["label"],
+            "predicted": row["predicted"],
+            "correct": row["right"],
+            "answer": row["model_output"],
+            "caption": captioned_row["model_output"],
+            "reference": captioned_row["ground_truth"],
+            "caption_similarity": captioned_row["metrics"][measure],
+        }
+        for row, captioned_row in zip(classified["objects"], captioned["objects"], strict=True)
+    ]
+    return {
+        **classified,
+        "caption_similarity": captioned["metrics"][measure],
+        "distinct_captions": captioned["distinct_answers"],
+        "objects": rows,
+    }
+
+
 def run_demo(out: str | Path, fast: bool = False) -> dict[str, Any]:
     """Run the demo, going on where an earlier one in the same folder stopped.
 
@@ -63,12 +107,7 @@ def run_demo(out: str | Path, fast: bool = False) -> dict[str, Any]:
             summary = train(recipe, folder / name, resume=True)
             summary_file.write_text(json.dumps(summary) + "\n", encoding="utf-8")
         summaries[name] = json.loads(summary_file.read_text(encoding="utf-8"))
-    results = {}
-    for name in ARMS:
-        results_file = folder / name / "evaluation" / RESULTS_FILE
-        if not results_file.is_file():
-            evaluate(folder / name / "model", results_file.parent, 6 if fast else None)
-        results[name] = json.loads(results_file.read_text(encoding="utf-8"))
+    results = {name: evaluate_arm(folder / name, 6 if fast else None) for name in ARMS}
     difference = {}
     for metric in ("correct", "caption_similarity"):
         first, second = ([float(row[metric]) for row in results[name]["objects"]] for name in ARMS)

@@ -129,7 +129,7 @@ def write_report(
         folder: the demo's folder.
         recipes: of each run.
         summaries: what `train` returned for each run.
-        results: what `evaluate` wrote for "baseline" and "aligned".
+        results: what `evaluate_arm` gave for "baseline" and "aligned".
         difference: paired differences, aligned minus baseline.
         metrics: logged lines of both fine-tunes.
         objects: the held-out objects.
@@ -158,8 +158,8 @@ def write_report(
         "",
         f"Accuracy: the most probable of {len({row['label'] for row in base['objects']})} present classes' names wins, scored "
         f"against all classes; always answering the most frequent class gives {100 * base['majority_rate']:.1f} %. Caption "
-        "similarity: cosine x 100 of all-MiniLM-L6-v2 embeddings. In brackets, 95 % bootstrap intervals over objects; the last "
-        "column is paired.",
+        "similarity: cosine x 100 of all-MiniLM-L6-v2 embeddings. In brackets, 95 % intervals over objects (accuracy: Wilson; "
+        "similarity: bootstrap); the last column is a paired bootstrap. Each model's `evaluation` folder has the full reports.",
         "",
         _verdict(n, difference),
         "",

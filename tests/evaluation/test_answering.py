@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from pointalign.errors import DataError
-from pointalign.evaluation.answers import generate_answers
-from pointalign.evaluation.judges import label_log_likelihoods
+from pointalign.evaluation import judges
+from pointalign.evaluation.answers import generate_answers, generate_batch
+from pointalign.evaluation.judges import LikelihoodJudge, label_log_likelihoods
+from pointalign.evaluation.records import Answer, Task
 
 
 def clouds(count: int) -> list[np.ndarray]:
@@ -49,6 +51,31 @@ def test_scores_depend_on_the_cloud_alone_not_on_its_batch(model: Any, processor
     assert together.std(dim=0).min() > 1e-4
 
 
+@pytest.mark.parametrize("at_once", [1, 150, 400])
+def test_many_labels_are_scored_in_pieces(
+    at_once: int, model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = [" a", " ab", " b and a long one", " c", " dd"]
+    whole = label_log_likelihoods(model, processor, clouds(2), "What?", "It is", labels)
+    monkeypatch.setattr(judges, "TOKENS_AT_ONCE", at_once)
+    pieces = label_log_likelihoods(model, processor, clouds(2), "What?", "It is", labels)
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_the_likelihood_judge_takes_the_most_probable_label_and_reads_no_answer() -> None:
+    task = Task("closed-set", ("chair", "lamp", "sofa"))
+    answers = [Answer("a", 2, "It is a chair.", "sofa"), Answer("b", 0, "", "chair")]
+    judge = LikelihoodJudge({"a": [-3.0, -2.0, -1.0], "b": [-3.0, -2.0, -2.5]})
+    done: list[int] = []
+    verdicts = judge(task, answers, done.append)
+    assert [(v.predicted, v.correct, v.valid) for v in verdicts] == [("sofa", True, True), ("lamp", False, True)]
+    assert done == [2]
+    with pytest.raises(DataError, match="the labels of c were not scored"):
+        judge(task, [Answer("c", 0, "", "chair")])
+    with pytest.raises(DataError, match="needs a closed set of labels, not captioning"):
+        judge(Task("captioning"), answers)
+
+
 def test_no_labels_is_an_error(model: Any, processor: Any) -> None:
     with pytest.raises(DataError, match="no labels"):
         label_log_likelihoods(model, processor, clouds(1), "What?", "", [])
@@ -60,3 +87,8 @@ def test_answers_in_batches_equal_answers_one_by_one(model: Any, processor: Any)
     single = [generate_answers(model, processor, [cloud], "What is this?", 6)[0] for cloud in clouds(5)]
     assert batched == single
     assert done == [2, 2, 1]
+
+
+def test_an_answer_that_reaches_the_longest_length_is_truncated(model: Any, processor: Any) -> None:
+    said = generate_batch(model, processor, clouds(2), "What is this?", max_new_tokens=5)
+    assert [(one.tokens, one.truncated) for one in said] == [(5, True)] * 2

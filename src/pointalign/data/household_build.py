@@ -178,13 +178,16 @@ def _write_parquet(
     write_clouds(path, columns, clouds)
 
 
-def write_clouds(path: Path, columns: dict[str, pa.Array], clouds: Sequence[np.ndarray]) -> None:
+def write_clouds(
+    path: Path, columns: dict[str, pa.Array], clouds: Sequence[np.ndarray], compression_level: int = 19
+) -> None:
     """Write a Parquet file of objects; the same values give the same bytes.
 
     Args:
         path: the file to write.
         columns: what is told of the objects.
         clouds: quantised clouds, as `thin_clouds` gives them; they become the columns xyz and rgb.
+        compression_level: of zstd, 1 (quick) to 22 (small).
     """
     points = np.stack(clouds)
     xyz = pa.array(points[..., :3].astype(np.int16).ravel())
@@ -199,7 +202,7 @@ def write_clouds(path: Path, columns: dict[str, pa.Array], clouds: Sequence[np.n
         path,
         row_group_size=len(points),
         compression="zstd",
-        compression_level=19,
+        compression_level=compression_level,
         use_dictionary=False,
         write_statistics=False,
         version="2.6",

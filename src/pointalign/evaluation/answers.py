@@ -1,14 +1,41 @@
-"""What a model answers: free-form text about many clouds, batched."""
+"""What a model answers: free-form text about many clouds, batched, kept object by object, written in the field's format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from pointalign.answering.generation import Generated, generate_from
+from pointalign.data.sources import read_clouds
+from pointalign.errors import DataError
+from pointalign.evaluation.benchmarks import Benchmark, Question
+from pointalign.evaluation.ledger import Ledger
+from pointalign.evaluation.records import Answer, AnswersFile
 
-@torch.inference_mode()
+
+def generate_batch(
+    model: Any, processor: Any, clouds: Sequence[Any], question: str, **generation: Any
+) -> list[Generated]:
+    """Ask one question about each cloud of a batch.
+
+    Args:
+        model: a `PointAlignForConditionalGeneration` in evaluation mode.
+        processor: its processor.
+        clouds: (N, 3) or (N, 6) each.
+        question: the same for all.
+        generation: arguments of `generate`; greedy, and stopped at the end of the turn, by default.
+
+    Raises:
+        DataError: for a bad cloud.
+    """
+    messages = [{"role": "user", "content": [{"type": "point_cloud"}, {"type": "text", "text": question}]}]
+    inputs = processor.apply_chat_template([messages] * len(clouds), points=list(clouds))
+    return generate_from(model, processor, inputs, {"do_sample": False, **generation})
+
+
 def generate_answers(
     model: Any,
     processor: Any,
@@ -19,32 +46,83 @@ def generate_answers(
     advance: Callable[[int], None] = lambda count: None,
     **generation: Any,
 ) -> list[str]:
-    """Ask one question about each cloud.
+    """Ask one question about each of any number of clouds; arguments as `generate_batch`.
 
     Args:
         model: a `PointAlignForConditionalGeneration` in evaluation mode.
         processor: its processor.
         clouds: (N, 3) or (N, 6) each.
         question: the same for all.
-        max_new_tokens: longest answer in tokens; an answer ends at the end of the turn.
+        max_new_tokens: longest answer in tokens.
         batch_size: clouds at a time.
         advance: called with the number of clouds done.
-        generation: further arguments of `generate`; greedy by default.
+        generation: further arguments of `generate`.
 
     Returns:
-        One answer per cloud, without special tokens and surrounding space.
-
-    Raises:
-        DataError: for a bad cloud.
+        One answer per cloud.
     """
-    device = model.get_input_embeddings().weight.device
-    messages = [{"role": "user", "content": [{"type": "point_cloud"}, {"type": "text", "text": question}]}]
     answers: list[str] = []
     for start in range(0, len(clouds), batch_size):
-        batch = list(clouds[start : start + batch_size])
-        inputs = processor.apply_chat_template([messages] * len(batch), points=batch).to(device)
-        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation}
-        ids = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+        batch = clouds[start : start + batch_size]
+        said = generate_batch(model, processor, batch, question, max_new_tokens=max_new_tokens, **generation)
+        answers += [one.text for one in said]
         advance(len(batch))
+    return answers
+
+
+def answer_question(
+    model: Any,
+    processor: Any,
+    benchmark: Benchmark,
+    question: Question,
+    ledger: Ledger,
+    batch_size: int,
+    seed: int,
+    generation: Mapping[str, Any],
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Fill a ledger with this process's share of the answers to one question of a benchmark.
+
+    Args:
+        model: in evaluation mode.
+        processor: its processor.
+        benchmark: the objects.
+        question: what is asked about each.
+        ledger: keeps the answers; rows hold `model_output`, `tokens` and `truncated`.
+        batch_size: clouds at a time.
+        seed: of sampling, where `generation` samples; each batch has its own, so that stopping changes no answer.
+        generation: arguments of `generate`, `max_new_tokens` among them.
+        advance: called with the number of objects done.
+    """
+
+    def compute(number: int, object_ids: Sequence[str]) -> list[dict[str, Any]]:
+        torch.manual_seed(seed + number)
+        clouds = read_clouds(benchmark.clouds, object_ids)
+        said = generate_batch(model, processor, clouds, question.text, **generation)
+        return [{"model_output": text, "tokens": tokens, "truncated": cut} for text, tokens, cut in said]
+
+    ledger.fill([item.object_id for item in benchmark.items], batch_size, compute, advance)
+
+
+def collect_answers(benchmark: Benchmark, question: Question, ledger: Ledger, path: Path) -> AnswersFile:
+    """Write all answers to one question as the field's evaluators read them.
+
+    Raises:
+        DataError: when answers are missing.
+    """
+    rows = ledger.rows()
+    missing = [item.object_id for item in benchmark.items if item.object_id not in rows]
+    if missing:
+        raise DataError(
+            f"{ledger.folder} lacks the answers about {len(missing)} of {len(benchmark.items)} objects (first: {missing[0]}); "
+            "run the same command again"
+        )
+    answers = AnswersFile(
+        question.text,
+        tuple(
+            Answer(item.object_id, item.ground_truth, rows[item.object_id]["model_output"], item.label_name)
+            for item in benchmark.items
+        ),
+    )
+    answers.write(path)
     return answers

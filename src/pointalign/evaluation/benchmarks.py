@@ -1,104 +1,101 @@
-"""What is asked: the bundled objects' closed-set classification, free-form answer and caption."""
+"""What is asked, about which objects, and how answers are judged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from pointalign.data.household import HouseholdObject, household_classes
-from pointalign.data.household_phrases import CATEGORY_QUESTIONS
-from pointalign.data.household_text import reference_caption
-from pointalign.evaluation.answers import generate_answers
-from pointalign.evaluation.judges import label_log_likelihoods
-from pointalign.evaluation.metrics import caption_similarity, majority_rate, summarize
+from pointalign.data.conversations import PointCloudSource
+from pointalign.errors import DataError
+from pointalign.evaluation.records import Task
 
-ANSWER_QUESTION = "What is this?"
-CAPTION_QUESTION = "Caption this 3D model in detail."
-CLASS_QUESTION = CATEGORY_QUESTIONS[0]
-CLASS_STEM = "It belongs to the class:"
-MAX_ANSWER_TOKENS = 40
-MAX_CAPTION_TOKENS = 60
-SCORING_BATCH = 10
-ANSWERING_BATCH = 50
+# Source: PointLLM (arXiv 2308.16911), section 5: instruction (I), completion (C), caption.
+INSTRUCTION = "What is this?"
+COMPLETION = "This is an object of "
+CAPTION = "Caption this 3D model in detail."
 
 
-@dataclass
-class ObjectResult:
-    """One object's truth and what the model made of it.
+@dataclass(frozen=True)
+class Question:
+    """One question of a benchmark.
 
     Args:
-        object_id: which object.
-        label: its class.
-        predicted: the most probable class.
-        log_likelihood: of that class's text, per token.
-        answer: free-form, verbatim.
-        caption: free-form, verbatim.
-        reference: the caption it is held against.
-        caption_similarity: cosine of sentence embeddings times 100.
+        key: "I", "C" or "caption".
+        text: what the model is asked.
+        class_text: what it is asked where labels are scored instead of read; the text itself when None.
     """
+
+    key: str
+    text: str
+    class_text: str | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One object of a benchmark and what is known of it; the fields are those of `Answer`."""
 
     object_id: str
-    label: str
-    predicted: str
-    log_likelihood: float
-    answer: str
-    caption: str
-    reference: str
-    caption_similarity: float
-
-    @property
-    def correct(self) -> bool:
-        """Whether the class is right."""
-        return self.predicted == self.label
+    ground_truth: Any
+    label_name: str | None = None
 
 
-def evaluate_household(
-    model: Any, processor: Any, objects: Sequence[HouseholdObject], advance: Callable[[int], None] = lambda count: None
-) -> list[ObjectResult]:
-    """Classify, question and caption bundled objects.
+@dataclass(frozen=True)
+class Benchmark:
+    """Objects, questions about them, and how answers are judged.
 
     Args:
-        model: in evaluation mode.
-        processor: its processor.
-        objects: usually `load_household("test")`.
-        advance: called with the number of objects done, three times for each.
-
-    Returns:
-        One result per object, in order.
+        name: one of `opening.BENCHMARKS`.
+        task: what a judge is to do.
+        questions: each is asked about every object.
+        items: the objects, in a fixed order.
+        clouds: their clouds by id.
+        max_new_tokens: longest answer.
+        batch_size: objects at a time, unless the user says otherwise.
+        judge: who scores the answers, unless the user says otherwise; None where nobody does without being named.
+        source: where the objects come from, for reports.
+        embedders: models of sentence embeddings that captions are held against their references with.
+        fingerprint: changes when the clouds do.
     """
-    classes = household_classes()
-    labels = [f" {name}" for name in classes]
-    clouds = [thing.points for thing in objects]
-    predicted, scores = [], []
-    for start in range(0, len(clouds), SCORING_BATCH):
-        batch = clouds[start : start + SCORING_BATCH]
-        best = label_log_likelihoods(model, processor, batch, CLASS_QUESTION, CLASS_STEM, labels).max(dim=1)
-        predicted += [classes[index] for index in best.indices.tolist()]
-        scores += best.values.tolist()
-        advance(len(batch))
-    answers, captions = (
-        generate_answers(model, processor, clouds, question, length, ANSWERING_BATCH, advance)
-        for question, length in ((ANSWER_QUESTION, MAX_ANSWER_TOKENS), (CAPTION_QUESTION, MAX_CAPTION_TOKENS))
-    )
-    references = [reference_caption(thing) for thing in objects]
-    similarities = caption_similarity(captions, references)
-    return [
-        ObjectResult(thing.id, thing.label, *values)
-        for thing, *values in zip(objects, predicted, scores, answers, captions, references, similarities, strict=True)
-    ]
+
+    name: str
+    task: Task
+    questions: tuple[Question, ...]
+    items: tuple[Item, ...]
+    clouds: PointCloudSource
+    max_new_tokens: int
+    batch_size: int
+    judge: str | None
+    source: str
+    embedders: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+    def cloud(self, object_id: str) -> Any:
+        """(N, 3) or (N, 6) points of one object.
+
+        Raises:
+            DataError: when it is missing or broken.
+        """
+        return self.clouds[object_id]
 
 
-def summarize_results(results: Sequence[ObjectResult]) -> dict[str, Any]:
-    """Accuracy and caption similarity with n and intervals, the majority rate, and every object's result."""
-    accuracy = summarize([float(result.correct) for result in results])
-    return {
-        "accuracy": accuracy["mean"],
-        "n": accuracy["n"],
-        "interval": accuracy["interval"],
-        "majority_rate": majority_rate([result.label for result in results]),
-        "caption_similarity": summarize([result.caption_similarity for result in results]),
-        "distinct_answers": len({result.answer for result in results}),
-        "distinct_captions": len({result.caption for result in results}),
-        "objects": [{**asdict(result), "correct": result.correct} for result in results],
-    }
+def closed_set_items(labels: Sequence[tuple[str, str]], classes: Sequence[str], where: str) -> tuple[Item, ...]:
+    """Objects of a closed set, with their class as the field writes it: its index, and its name.
+
+    Args:
+        labels: object id and class name of each object.
+        classes: the closed set.
+        where: names the file in an error.
+
+    Raises:
+        DataError: when a label is not in the set.
+    """
+    index = {name: number for number, name in enumerate(classes)}
+    unknown = [(object_id, name) for object_id, name in labels if name not in index]
+    if unknown:
+        object_id, name = unknown[0]
+        raise DataError(
+            f"{where}: the label {name!r} of {object_id} is not one of the {len(classes)} classes; correct it, or add it to "
+            "the classes"
+        )
+    return tuple(Item(object_id, index[name], name) for object_id, name in labels)

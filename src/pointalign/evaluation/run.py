@@ -1,55 +1,166 @@
-"""Evaluating one model: load it, ask, score, write the results."""
+"""Evaluating one model: its answers to every benchmark first, then who judges them, then the reports."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pointalign.data.household import load_household
-from pointalign.device import native_bf16
-from pointalign.errors import DataError
-from pointalign.evaluation.benchmarks import evaluate_household, summarize_results
-from pointalign.models.pointalign import PointAlignForConditionalGeneration
-from pointalign.models.processing import load_processor
-from pointalign.progress import progress
-from pointalign.released import with_released_prompt
+from pointalign.answering.loading import quiet_transformers
+from pointalign.errors import PointAlignError
+from pointalign.evaluation.asking import EvaluationSettings, RawAnswers, load_model
+from pointalign.evaluation.benchmarks import Question
+from pointalign.evaluation.judges import LikelihoodJudge
+from pointalign.evaluation.judging import build_judge
+from pointalign.evaluation.judging.prompted import PromptedJudge
+from pointalign.evaluation.plan import METRICS, NONE, RETENTION, Plan, make_plan
+from pointalign.evaluation.processes import Processes, joined_processes
+from pointalign.evaluation.provenance import environment
+from pointalign.evaluation.records import Judge
+from pointalign.evaluation.report import write_overview, write_report
+from pointalign.evaluation.results import RESULTS_FILE, join_questions, judge_question
+from pointalign.evaluation.retention_run import evaluate_retention
+from pointalign.progress import progress, say
 from pointalign.storage import write_text
 
-RESULTS_FILE = "results.json"
+CLASSIFICATION = ("accuracy", "n", "interval", "majority_rate", "invalid")
+NOT_TOLD = ("objects", "provenance", "questions", "replies")
 
 
-def evaluate(model: str | Path, out: str | Path, limit: int | None = None, as_released: bool = False) -> dict[str, Any]:
-    """Evaluate a model on the held-out household objects; the language model computes in bf16 where that is native.
+def evaluate(model: str | Path, out: str | Path, settings: EvaluationSettings | None = None) -> dict[str, Any]:
+    """Evaluate a model; stopped at any time and run again with the same settings, it goes on where it was.
 
     Args:
         model: folder or Hub id.
-        out: folder for `results.json`, which holds every object's answers.
-        limit: only so many objects, the first by id.
-        as_released: ask with the released code's evaluation prompt, see `with_released_prompt`.
+        out: folder. For each benchmark it holds the raw answers, `answers-QUESTION.json` in the field's format, and in a
+            folder per judge `results.json` and `report.md`; `report.md` sums up.
+        settings: what is evaluated, and how; the household objects, and all defaults, when None.
 
     Returns:
-        What `summarize_results` gives.
+        `model`, `benchmarks` (the numbers by name), `skipped` (why, by name), `report`; with one classification among the
+        benchmarks also its `CLASSIFICATION` numbers. Empty in all processes but the first.
 
     Raises:
-        PointAlignError: when the model cannot be loaded or the folder cannot be written.
+        PointAlignError: for anything expected that goes wrong.
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"--limit {limit} leaves no object; give 1 or more")
-    processor = load_processor(str(model))
-    if as_released:
-        processor = with_released_prompt(processor)
-    loaded = PointAlignForConditionalGeneration.from_pretrained(model)
-    loaded.merge_adapters()
-    if native_bf16():
-        loaded.language_model.to(torch.bfloat16)
-    objects = load_household("test")[:limit]
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with progress(f"evaluating {Path(model).parent.name}", 3 * len(objects)) as advance:
-        results = evaluate_household(loaded, processor, objects, advance)
-    summary = {"model": str(model), **summarize_results(results)}
-    write_text(folder / RESULTS_FILE, json.dumps(summary, indent=1) + "\n")
-    return {**summary, "results": str(folder / RESULTS_FILE)}
+    folder, settings = Path(out), settings or EvaluationSettings()
+    plan = make_plan(settings.benchmarks, settings.judge, settings.sources, settings.limit)
+    with quiet_transformers(), joined_processes() as processes:
+        results = _answer_and_judge(model, folder, plan, settings, processes) if plan.planned else {}
+        if not processes.is_first:
+            return {}
+    if plan.retention:
+        try:
+            results[RETENTION] = evaluate_retention(model, folder / RETENTION, settings.base_language_model)
+        except PointAlignError as error:
+            if not plan.lenient:
+                raise
+            plan.skipped[RETENTION] = str(error)
+    for name, reason in plan.skipped.items():
+        say(f"skipped {name}: {reason}")
+    write_overview(folder / "report.md", str(model), results, plan.skipped)
+    told = {name: told_numbers(result) for name, result in results.items()}
+    classified = [numbers for numbers in told.values() if "accuracy" in numbers]
+    return {
+        **({name: classified[0][name] for name in CLASSIFICATION} if len(classified) == 1 else {}),
+        "model": str(model),
+        "benchmarks": told,
+        "skipped": plan.skipped,
+        "report": str(folder / "report.md"),
+    }
+
+
+def default_out(model: str) -> Path:
+    """Where an evaluation goes when nobody says: beside a model's folder, else under runs by the Hub id."""
+    folder = Path(model)
+    return folder.parent / "evaluation" if folder.is_dir() else Path("runs") / "evaluation" / model.replace("/", "--")
+
+
+def told_numbers(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without its rows and what it came from."""
+    kept = {name: value for name, value in result.items() if name not in NOT_TOLD}
+    questions = result.get("questions", {})
+    if len(questions) < 2:
+        return kept
+    return {**kept, "questions": {key: {k: v for k, v in q.items() if k != "classes"} for key, q in questions.items()}}
+
+
+def _answer_and_judge(
+    name: str | Path, folder: Path, plan: Plan, settings: EvaluationSettings, processes: Processes
+) -> dict[str, dict[str, Any]]:
+    loaded = load_model(name, settings.as_released)
+    raw = {planned.benchmark.name: RawAnswers(loaded, planned, folder, settings, processes) for planned in plan.planned}
+    for answers in raw.values():
+        answers.fill(loaded)
+    processes.wait()
+    if not processes.is_first:
+        return {}
+    machine = environment(loaded.device, processes.world)
+    del loaded  # a judge may need the memory
+    results = {}
+    for name, answers in raw.items():
+        result = judge_all(answers, machine)
+        if result is not None:
+            results[name] = result
+    return results
+
+
+def judge_all(raw: RawAnswers, machine: dict[str, Any]) -> dict[str, Any] | None:
+    """Write a benchmark's answers files and, unless nobody is to judge, its result and report.
+
+    Args:
+        raw: the model's answers.
+        machine: what they were made on.
+
+    Returns:
+        What `results.json` holds, and where it lies; None when nobody judges.
+
+    Raises:
+        PointAlignError: as the judge.
+    """
+    benchmark, collected = raw.benchmark, raw.collect()
+    if raw.judge_name == NONE:
+        say(f"{benchmark.name}: answers written to {raw.folder}; judge them with `pointalign judge`")
+        return None
+    numbers, rows, judge = {}, [], None
+    embedders = raw.settings.embedders or benchmark.embedders
+    for question in benchmark.questions:
+        judge = _build_judge(raw, question)
+        told = f"{benchmark.name}: {'judging by ' + judge.name if judge else 'measuring'} ({question.key})"
+        with progress(told, len(benchmark.items)) as advance:
+            made, answers = raw.answers[question.key].rows(), collected[question.key]
+            asked, more = judge_question(
+                benchmark, question, answers, made, judge, raw.settings.seed, embedders, advance
+            )
+        numbers[question.key] = {**asked, "judge_usage": judge.usage} if isinstance(judge, PromptedJudge) else asked
+        rows += more
+    told_judge = judge.details() if isinstance(judge, PromptedJudge) else None
+    result = {
+        "benchmark": benchmark.name,
+        "task": benchmark.task.kind,
+        "judge": judge.name if judge else None,
+        "model": raw.model_name,
+        **join_questions(benchmark, numbers, rows),
+        "questions": numbers,
+        "provenance": {**raw.provenance(), "judge": told_judge, "environment": machine},
+        "objects": rows,
+    }
+    target = raw.folder / judge_folder(judge.name if judge else METRICS)
+    write_text(target / RESULTS_FILE, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_report(target, result, benchmark)
+    return {**result, "results": str(target / RESULTS_FILE)}
+
+
+def _build_judge(raw: RawAnswers, question: Question) -> Judge | None:
+    if raw.judge_name == METRICS:
+        return None
+    if raw.judge_name == LikelihoodJudge.name:
+        rows = raw.scores[question.key].rows()
+        return LikelihoodJudge({object_id: row["log_likelihoods"] for object_id, row in rows.items()})
+    return build_judge(raw.judge_name, **raw.settings.judge_options)  # pyright: ignore[reportArgumentType]
+
+
+def judge_folder(name: str) -> str:
+    """The name of a judge as that of a folder."""
+    return re.sub(r"[^\w.-]+", "-", name)

@@ -1,0 +1,154 @@
+"""Answers about many files: read, asked in batches, written line by line, gone on with after a stop."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pointalign.answering.answerer import Answerer
+from pointalign.answering.inputs import Input, find_inputs
+from pointalign.answering.lines import LinesFile, Row, StandardOutput
+from pointalign.answering.loading import fetch_model, load_answerer, resolve_model
+from pointalign.answering.reading import read_clouds, reading_processes
+from pointalign.errors import DataError
+from pointalign.evaluation.provenance import model_fingerprint
+from pointalign.options import ManyFiles, ModelChoice, Reading
+from pointalign.progress import progress, say
+
+# Clouds that wait for the model, in batches.
+BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is wanted of each object.
+
+    Args:
+        name: what rows without error are called in the summary: "captions".
+        settings: what the rows depend on besides model and file.
+        rows: from the model, prepared clouds of a batch and the batch's number to one row for each cloud.
+        check: refuses what this model cannot do for any object, before the first one.
+        drawn: a row as people read it on a terminal, for rich; JSON when None.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    rows: Callable[[Answerer, Sequence[Tensor], int], list[Row]]
+    check: Callable[[Answerer], None]
+    drawn: Callable[[Row], Any] | None = None
+
+
+def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: Reading, many: ManyFiles) -> Row:
+    """Write one line for each object: its path, and what is wanted of it or an error.
+
+    A run that was stopped, in whatever way, is gone on with by calling this again.
+
+    Args:
+        paths: files, folders and patterns.
+        job: what is wanted.
+        choice: the model and what it computes on.
+        reading: how files become clouds.
+        many: how they are answered and where lines go.
+
+    Returns:
+        The number of rows of the job's kind and of errors, over all these objects; how many of them an earlier run wrote
+        (`earlier`); the seconds that answering took, without loading the model; and the objects answered per second.
+
+    Raises:
+        PointAlignError: when no object or model is named, the model cannot be loaded, or lines cannot be written.
+    """
+    inputs = find_inputs(paths)
+    name = resolve_model(choice.model)
+    folder = fetch_model(name)
+    if many.out in (None, "-"):
+        lines: LinesFile | StandardOutput = StandardOutput(job.drawn)
+    else:
+        settings = {"model": model_fingerprint(str(folder)), **job.settings, **asdict(reading)}
+        lines = LinesFile(Path(many.out), settings, many.retry_errors)
+    with closing(lines):
+        left = [thing for thing in inputs if thing.key not in lines.done]
+        run = _Run(job, reading, many, lines)
+        run.counts.update("errors" if lines.done[i.key] else job.name for i in inputs if i.key in lines.done)
+        earlier = len(inputs) - len(left)
+        if earlier:
+            say(f"{earlier} of {len(inputs)} objects are in {many.out} already")
+        answerer = load_answerer(name, choice.device, choice.dtype) if left else None
+        start = time.monotonic()
+        if answerer is not None:
+            job.check(answerer)
+            run.write(answerer, left)
+        seconds = time.monotonic() - start
+    if run.uncolored:
+        filled = ", ".join(f"{value:g}" for value in answerer.processor.missing_color) if answerer else ""
+        say(f"{run.uncolored} objects have no colour: filled with ({filled}), as in the model's training data")
+    if run.counts["errors"]:
+        say(f"{run.counts['errors']} of {len(inputs)} objects have no answer; the lines with `error` say why")
+    found = {job.name: run.counts[job.name], "errors": run.counts["errors"], "earlier": earlier}
+    return {**found, "seconds": round(seconds, 2), "objects_per_second": round(run.answered / max(seconds, 1e-9), 2)}
+
+
+@dataclass
+class _Run:
+    """One run: what is wanted, where lines go, and what was counted."""
+
+    job: Job
+    reading: Reading
+    many: ManyFiles
+    lines: LinesFile | StandardOutput
+    counts: Counter[str] = field(default_factory=Counter)
+    uncolored: int = 0
+    answered: int = 0
+
+    def write(self, answerer: Answerer, left: Sequence[Input]) -> None:
+        """Write a line for each object that is left."""
+        try:
+            with progress(self.job.name, len(left), self._note) as advance:
+                for rows in self._rows(answerer, left):
+                    self.lines.write(rows)
+                    self.counts.update("errors" if "error" in row else self.job.name for row in rows)
+                    advance(len(rows))
+        except KeyboardInterrupt:
+            if isinstance(self.lines, LinesFile):
+                say(
+                    f"stopped; {self.counts.total()} objects are in {self.many.out}, the same command goes on from there"
+                )
+            raise
+
+    def _note(self) -> str:
+        return f"{self.counts['errors']} errors"
+
+    def _rows(self, answerer: Answerer, left: Sequence[Input]) -> Iterator[list[Row]]:
+        """Rows as they get ready: errors at once, answers batch by batch."""
+        if nothing := [{"path": thing.path, "error": thing.error} for thing in left if thing.error is not None]:
+            yield nothing
+        paths = [thing.path for thing in left if thing.error is None]
+        options = self.reading.options(answerer.processor.num_points)
+        processes = reading_processes(len(paths), self.many.workers)
+        batch: list[tuple[str, Tensor]] = []
+        number = 0
+        with closing(read_clouds(paths, options, processes, BATCHES_AHEAD * self.many.batch_size)) as clouds:
+            for path, cloud in clouds:
+                try:
+                    if isinstance(cloud, DataError):
+                        raise cloud
+                    batch.append((path, answerer.prepare(cloud)))
+                    self.uncolored += cloud.colors is None
+                except DataError as error:
+                    yield [{"path": path, "error": str(error)}]
+                if len(batch) == self.many.batch_size:
+                    yield self._answered(answerer, batch, number)
+                    batch, number = [], number + 1
+        if batch:
+            yield self._answered(answerer, batch, number)
+
+    def _answered(self, answerer: Answerer, batch: Sequence[tuple[str, Tensor]], number: int) -> list[Row]:
+        rows = self.job.rows(answerer, [cloud for _, cloud in batch], number)
+        self.answered += len(rows)
+        return [{"path": path, **row} for (path, _), row in zip(batch, rows, strict=True)]

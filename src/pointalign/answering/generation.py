@@ -1,0 +1,96 @@
+"""From a model's inputs to answers: one way of generating for the command, the pipelines and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from pointalign.errors import DataError
+from pointalign.options import Decoding
+
+
+class Generated(NamedTuple):
+    """One answer.
+
+    Args:
+        text: without special tokens and surrounding space.
+        tokens: how many were generated, the end symbol included.
+        truncated: whether it stopped at the longest length allowed rather than at an end symbol.
+    """
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+@torch.inference_mode()
+def generate_from(model: Any, processor: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> list[Generated]:
+    """Answer a batch of prompts.
+
+    Args:
+        model: a `PointAlignForConditionalGeneration` in evaluation mode.
+        processor: its processor.
+        inputs: left-padded, as the processor gives them; they are moved to the model's device.
+        options: arguments of `generate`.
+
+    Returns:
+        One answer per prompt, in order.
+    """
+    device = model.get_input_embeddings().weight.device
+    moved = {name: tensor.to(device) for name, tensor in inputs.items()}
+    ids = model.generate(**moved, **options)[:, moved["input_ids"].shape[1] :]
+    texts = processor.batch_decode(ids, skip_special_tokens=True)
+    ends = end_symbols(model, processor) if "eos_token_id" not in options else set()
+    found = []
+    for text, row in zip(texts, ids.tolist(), strict=True):
+        ended = next((index for index, token in enumerate(row) if token in ends), None)
+        tokens = len(row) if ended is None else ended + 1
+        found.append(Generated(text.strip(), tokens, ended is None))
+    return found
+
+
+def end_symbols(model: Any, processor: Any) -> set[int]:
+    """Ids at which an answer ends."""
+    ends = model.generation_config.eos_token_id
+    ends = processor.tokenizer.eos_token_id if ends is None else ends
+    return set(ends) if isinstance(ends, (list, tuple)) else {ends}
+
+
+@contextmanager
+def chance(decoding: Decoding, device: torch.device, number: int = 0) -> Iterator[None]:
+    """Give sampling its own stream of random numbers, so that the caller's goes on as if nothing had been drawn.
+
+    Args:
+        decoding: holds the seed; without a temperature nothing is done.
+        device: where the model computes.
+        number: of the batch or turn; each draws differently.
+    """
+    if not decoding.samples:
+        yield
+        return
+    forked = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=forked):
+        torch.manual_seed(decoding.seed + number)
+        yield
+
+
+def context_length(model: Any) -> int | None:
+    """Most tokens of prompt and answer together that the language model was made for; None where it does not say."""
+    return getattr(model.config.text_config, "max_position_embeddings", None)
+
+
+def check_room(model: Any, prompt_length: int, room: int) -> None:
+    """Refuse a prompt that leaves less room for its answer than `room` tokens.
+
+    Raises:
+        DataError: when both together are longer than the language model's context.
+    """
+    longest = context_length(model)
+    if longest is not None and prompt_length + room > longest:
+        raise DataError(
+            f"the prompt has {prompt_length} tokens and the answer may have {room}, together more than the language model's "
+            f"{longest}; shorten the question or the longest answer (max_new_tokens)"
+        )

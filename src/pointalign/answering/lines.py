@@ -1,0 +1,193 @@
+"""One JSON line per object, in a file that a killed run goes on from, or on standard output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from pointalign.errors import DataError
+from pointalign.storage import cache_dir, write_text, written_file
+
+Row = dict[str, Any]
+PIECE = 2**16
+
+
+def json_line(row: Row) -> bytes:
+    """A row as one line of UTF-8; names that are no text are written with escapes, and read back as they were."""
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(row) + "\n").encode()
+
+
+class StandardOutput:
+    """Writes rows to standard output as they come; nothing is there from before.
+
+    Args:
+        drawn: a row as people read it on a terminal, for rich; JSON there too when None.
+    """
+
+    def __init__(self, drawn: Callable[[Row], Any] | None = None) -> None:
+        self.done: dict[str, bool] = {}
+        self._drawn = drawn
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Write rows.
+
+        Raises:
+            DataError: when nobody reads any more.
+        """
+        lines = [json_line(row) for row in rows]
+        try:
+            if sys.stdout.isatty():
+                # Printed, not written past a progress bar, which gives way to what is printed.
+                for row, line in zip(rows, lines, strict=True):
+                    if self._drawn is None:
+                        print(line.decode(), end="", flush=True)
+                    else:
+                        Console().print(self._drawn(row))
+                return
+            sys.stdout.flush()
+            sys.stdout.buffer.write(b"".join(lines))
+            sys.stdout.buffer.flush()
+        except BrokenPipeError as error:
+            # What Python still holds for a closed pipe would fail again when the process ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise DataError("standard output was closed; give --out FILE to keep the lines") from error
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+
+class LinesFile:
+    """A file of rows, each written whole, that a later run goes on from.
+
+    Beside it lies `NAME.settings.json`, which says what the rows depend on, so that those of another model or question are
+    never taken for these. A line that a kill cut short is dropped.
+
+    Args:
+        path: the file.
+        settings: what the rows depend on.
+        retry_errors: drop rows with an error, to try them again.
+
+    Attributes:
+        done: by absolute path, whether the row that is there from before is an error.
+
+    Raises:
+        DataError: when the file is broken, is of other settings, is being written by another process, or cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], retry_errors: bool = False) -> None:
+        self.path = path
+        self.settings_file = path.with_name(path.name + ".settings.json")
+        self._lock = self._taken_lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b", buffering=0)
+            self._check_settings(json.loads(json.dumps(settings)))
+            self._drop_unfinished_line()
+            self.done = dict(self._read())
+            if retry_errors and any(self.done.values()):
+                self._drop_errors()
+        except OSError as error:
+            self._lock.release()
+            raise self._unwritable(error) from error
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _taken_lock(self) -> FileLock:
+        """Held until the file is closed; it lies in the cache, so that nothing stays beside the file."""
+        name = hashlib.sha256(os.fsencode(self.path.absolute())).hexdigest()[:32]
+        lock = FileLock(cache_dir() / "locks" / f"{name}.lock")
+        try:
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise DataError(f"another process is writing {self.path}; wait for it, or name another --out") from error
+        except OSError as error:
+            raise DataError(f"cannot write {lock.lock_file}: {error.strerror}; set POINTALIGN_CACHE") from error
+        return lock
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        is_new = self._file.seek(0, os.SEEK_END) == 0
+        if is_new:
+            write_text(self.settings_file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+            return
+        try:
+            saved = json.loads(self.settings_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError) as error:
+            raise DataError(
+                f"{self.path} is there already, but {self.settings_file.name}, which says how it was made, is missing or "
+                "broken; name another --out, or delete both"
+            ) from error
+        changed = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
+        if changed:
+            raise DataError(
+                f"{self.path} holds answers with another {' and '.join(name.replace('_', ' ') for name in changed)}; name "
+                "another --out, or delete it"
+            )
+
+    def _drop_unfinished_line(self) -> None:
+        size = end = self._file.seek(0, os.SEEK_END)
+        while end:
+            start = self._file.seek(max(0, end - PIECE))
+            found = self._file.read(end - start).rfind(b"\n")
+            end = start + found + 1
+            if found >= 0:
+                break
+        if end < size:
+            self._file.truncate(end)
+
+    def _read(self) -> Iterator[tuple[str, bool]]:
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    row = json.loads(line)
+                    yield os.path.abspath(row["path"]), "error" in row
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(
+                        f"{self.path}, line {number} is broken ({type(error).__name__}); mend it, or name another --out"
+                    ) from error
+
+    def _drop_errors(self) -> None:
+        with written_file(self.path) as temporary, self.path.open("rb") as old, temporary.open("wb") as new:
+            new.writelines(line for line in old if "error" not in json.loads(line))
+        self.done = {key: False for key, failed in self.done.items() if not failed}
+        self._file.close()
+        self._file = self.path.open("a+b", buffering=0)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Append rows, all of them or none.
+
+        Raises:
+            DataError: when the disk is full or the file cannot be written any more.
+        """
+        lines = b"".join(json_line(row) for row in rows)
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(lines):
+                written += self._file.write(lines[written:]) or 0
+        except OSError as error:
+            self._file.truncate(end)
+            raise self._unwritable(error) from error
+
+    def close(self) -> None:
+        """Let another process write the file."""
+        self._file.close()
+        self._lock.release()
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(
+            f"cannot write {self.path}: {error.strerror or error}; free some space or name another --out, and run the same "
+            "command again to go on"
+        )

@@ -1,0 +1,139 @@
+"""The core of answering: batches, sampling, streams and label probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pointalign.answering.answerer import Answerer, about_cloud
+from pointalign.data.files import PointCloud
+from pointalign.errors import ConfigError, DataError
+from pointalign.evaluation.judges import CLASS_STEM, label_log_likelihoods
+from pointalign.options import Decoding
+
+SHORT = Decoding(max_new_tokens=9)
+
+
+@pytest.fixture
+def answerer(model: Any, processor: Any) -> Answerer:
+    return Answerer(model, processor, "tiny")
+
+
+@pytest.fixture
+def prepared(answerer: Answerer) -> list[torch.Tensor]:
+    return [answerer.prepare(points) for points in np.random.default_rng(0).random((4, 60, 6))]
+
+
+def test_a_batch_of_different_lengths_answers_as_one_by_one(answerer: Answerer, prepared: list[Any]) -> None:
+    talks = [
+        [about_cloud("What is this?")],
+        [about_cloud("Colour?"), {"role": "assistant", "content": "red"}, {"role": "user", "content": "Are you sure?"}],
+        [{"role": "user", "content": "No cloud here."}],
+        [about_cloud("x" * 70)],
+    ]
+    shown = [prepared[:1], prepared[1:2], [], prepared[2:3]]
+    together = answerer.reply(talks, [cloud for clouds in shown for cloud in clouds], SHORT)
+    alone = [answerer.reply([talk], clouds, SHORT)[0] for talk, clouds in zip(talks, shown, strict=True)]
+    assert together == alone
+    assert len({said.text for said in alone}) == 4
+
+
+def test_a_read_cloud_and_its_array_are_the_same(answerer: Answerer) -> None:
+    points = np.random.default_rng(1).random((60, 6)).astype(np.float32)
+    read = PointCloud(points[:, :3], points[:, 3:], "x.ply")
+    assert torch.equal(answerer.prepare(read), answerer.prepare(points))
+    plain = PointCloud(points[:, :3], None, "x.ply")
+    assert torch.equal(answerer.prepare(plain), answerer.prepare(points[:, :3]))
+    with pytest.raises(DataError, match=r"^x.ply: the cloud has 3 points"):
+        answerer.prepare(PointCloud(points[:3, :3], None, "x.ply"))
+
+
+def test_an_answer_stops_at_the_end_symbol_and_says_so(answerer: Answerer, prepared: list[Any]) -> None:
+    cut = answerer.ask(prepared[:1], "What?", SHORT)[0]
+    assert cut.truncated
+    assert cut.tokens == 9
+    ids = answerer.inputs([[about_cloud("What?")]], prepared[:1])
+    first = int(answerer.model(**ids).logits[0, -1].argmax())
+    answerer.model.generation_config.eos_token_id = first
+    assert answerer.ask(prepared[:1], "What?", SHORT)[0][1:] == (1, False)
+
+
+def test_chance_is_repeated_by_its_seed_and_leaves_the_callers_alone(answerer: Answerer, prepared: list[Any]) -> None:
+    warm = Decoding(max_new_tokens=9, temperature=1.0, seed=3)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = answerer.ask(prepared, "What?", warm)
+    assert torch.equal(torch.rand(3), expected)
+    assert answerer.ask(prepared, "What?", warm) == first
+    assert answerer.ask(prepared, "What?", warm, number=1) != first
+    assert answerer.ask(prepared, "What?", Decoding(max_new_tokens=9, temperature=1.0, seed=4)) != first
+
+
+@pytest.mark.parametrize("decoding", [SHORT, Decoding(max_new_tokens=9, temperature=0.8, top_p=0.9, seed=1)])
+def test_a_stream_is_the_answer_in_pieces(answerer: Answerer, prepared: list[Any], decoding: Decoding) -> None:
+    for question in ("What?", "Colour?", "Tell me more."):
+        pieces = list(answerer.stream([about_cloud(question)], prepared[:1], decoding))
+        assert "".join(pieces) == answerer.ask(prepared[:1], question, decoding)[0].text
+        assert len(pieces) > 1
+
+
+def test_a_stream_that_nobody_reads_any_more_stops(answerer: Answerer, prepared: list[Any]) -> None:
+    stream = answerer.stream([about_cloud("What?")], prepared[:1], Decoding(max_new_tokens=400))
+    pieces = iter(stream)
+    next(pieces)
+    pieces.close()
+    assert 1 <= stream.output.sequences.shape[1] - stream.arguments["input_ids"].shape[1] < 300
+    assert stream.text
+
+
+def test_what_goes_wrong_while_streaming_reaches_the_reader(answerer: Answerer, prepared: list[Any]) -> None:
+    stream = answerer.stream([about_cloud("What?")], prepared[:1], SHORT)
+    stream.arguments["point_clouds"] = stream.arguments["point_clouds"][:, :, :4]
+    with pytest.raises(RuntimeError):
+        list(stream)
+
+
+def test_probabilities_are_the_softmax_of_evaluations_scores(answerer: Answerer, prepared: list[Any]) -> None:
+    labels = ["chair", "table", "a lamp of glass"]
+    found = answerer.probabilities(prepared, labels)
+    scores = label_log_likelihoods(
+        answerer.model,
+        answerer.processor,
+        prepared,
+        "Which class of object is this?",
+        CLASS_STEM,
+        [" chair", " table", " a lamp of glass"],
+    )
+    torch.testing.assert_close(found, scores.softmax(dim=1))
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(4))
+    alone = torch.cat([answerer.probabilities([cloud], labels) for cloud in prepared])
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(answerer.probabilities(prepared, ["chair"]), torch.ones(4, 1))
+
+
+def test_clouds_must_fit_the_messages_and_messages_the_context(answerer: Answerer, prepared: list[Any]) -> None:
+    with pytest.raises(DataError, match="1 point_cloud parts for 2 clouds"):
+        answerer.reply([[about_cloud("What?")]], prepared[:2], SHORT)
+    with pytest.raises(DataError, match="more than the language model's 512; shorten the question"):
+        answerer.ask(prepared[:1], "x" * 600, SHORT)
+    with pytest.raises(DataError, match="max_new_tokens"):
+        answerer.ask(prepared[:1], "What?", Decoding(max_new_tokens=512))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "leaves no room"),
+        ({"temperature": -1}, "give 0 .no chance. to 100"),
+        ({"temperature": float("nan")}, "out of range"),
+        ({"top_p": 0}, "more than 0 and at most 1"),
+        ({"seed": -1}, "give 0 or more"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Decoding(**settings)

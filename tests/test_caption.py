@@ -1,0 +1,298 @@
+"""`pointalign caption`: every input has exactly one line, whatever is wrong with files, and however a run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pointalign.answering.loading import load_answerer
+from pointalign.cli import main
+from pointalign.options import Decoding
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SHORT = ("--max-new-tokens", "7")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with five good files and three bad ones; the tiny model is the default."""
+    monkeypatch.setenv("POINTALIGN_MODEL", str(tiny_model))
+    monkeypatch.setenv("POINTALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for number in range(5):
+        path = tmp_path / "things" / f"{number}.npy"
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, np.random.default_rng(number).random((60, 6 if number % 2 else 3)))
+    (tmp_path / "things" / "broken.glb").write_bytes((EXAMPLES / "chair.glb").read_bytes()[:500])
+    (tmp_path / "things" / "empty.ply").write_bytes(b"")
+    np.save(tmp_path / "things" / "few.npy", np.zeros((3, 3)))
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[dict[str, Any]], str]:
+    """Exit status, the JSON lines of stdout, and stderr."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    captured = capsys.readouterr()
+    return int(str(ended.value.code)), [json.loads(line) for line in captured.out.splitlines()], captured.err
+
+
+def rows(path: str = "out.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_input_has_one_line_and_bad_files_stop_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = ("things", "things/*.npy", "./things/1.npy", "missing.obj", "*.stl")
+    status, (summary,), err = run(capsys, "caption", *paths, "--out", "out.jsonl", "--batch-size", "2", *SHORT)
+    assert status == 0
+    assert Counter(len(row) for row in rows()) == {2: 10}
+    assert {row["path"]: "caption" in row for row in rows()} == {
+        **{f"things/{number}.npy": True for number in range(5)},
+        **{f"things/{name}": False for name in ("broken.glb", "empty.ply", "few.npy")},
+        "missing.obj": False,
+        "*.stl": False,
+    }
+    assert len(rows()) == 10
+    errors = {row["path"]: row["error"] for row in rows() if "error" in row}
+    assert "the cloud has 3 points" in errors["things/few.npy"]
+    assert "no 3D file at missing.obj" in errors["missing.obj"]
+    assert not any("\n" in error for error in errors.values())
+    assert summary.keys() == {"captions", "errors", "earlier", "seconds", "objects_per_second"}
+    assert (summary["captions"], summary["errors"], summary["earlier"]) == (5, 5, 0)
+    assert summary["objects_per_second"] > 0
+    assert err.count("million weights") == 1
+    assert "captions: 10/10" in err
+    assert "5 errors" in err
+    assert "3 objects have no colour: filled with (0, 0, 0), as in the model's training data" in err
+
+
+def test_batches_and_processes_caption_as_one_by_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one_by_one = run(capsys, "caption", "things", "--batch-size", "1", *SHORT)[1]
+    batched = run(capsys, "caption", "things", "--batch-size", "4", "--workers", "2", *SHORT)[1]
+    answerer = load_answerer()
+    direct = [
+        answerer.ask(
+            [answerer.prepare(np.load(f"things/{number}.npy"))], "Caption this 3D model in detail.", Decoding(7)
+        )
+        for number in range(5)
+    ]
+    told = {row["path"]: row for row in one_by_one[:-1]}
+    assert told == {row["path"]: row for row in batched[:-1]}
+    assert [told[f"things/{number}.npy"]["caption"] for number in range(5)] == [said[0].text for said in direct]
+    assert [row["path"] for row in one_by_one[:-1]] == [f"things/{name}" for name in sorted(os.listdir("things"))]
+
+
+def test_a_file_that_is_there_is_gone_on_with(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("caption", "things", "--out", "sub/out.jsonl", *SHORT)
+    run(capsys, "caption", "things/0.npy", "things/few.npy", "--out", "sub/out.jsonl", *SHORT)
+    first = rows("sub/out.jsonl")
+    assert len(first) == 2
+    _, (summary,), err = run(capsys, *command)
+    assert rows("sub/out.jsonl")[:2] == first
+    assert Counter(row["path"] for row in rows("sub/out.jsonl")).most_common(1)[0][1] == 1
+    assert (summary["captions"], summary["errors"], summary["earlier"]) == (5, 3, 2)
+    assert "2 of 8 objects are in sub/out.jsonl already" in err
+    # All are there now: nothing is loaded, nothing is written.
+    before = Path("sub/out.jsonl").read_bytes()
+    _, (summary,), err = run(capsys, *command)
+    assert (summary["captions"], summary["errors"], summary["earlier"]) == (5, 3, 8)
+    assert "million weights" not in err
+    assert Path("sub/out.jsonl").read_bytes() == before
+
+
+def test_errors_are_tried_again_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "caption", "things", "--out", "out.jsonl", *SHORT)
+    np.save("things/few.npy", np.random.default_rng(9).random((60, 3)))
+    assert run(capsys, "caption", "things", "--out", "out.jsonl", *SHORT)[1][0]["errors"] == 3
+    _, (summary,), _ = run(capsys, "caption", "things", "--out", "out.jsonl", "--retry-errors", *SHORT)
+    assert (summary["captions"], summary["errors"], summary["earlier"]) == (6, 2, 5)
+    assert sorted(row["path"] for row in rows()) == sorted(f"things/{name}" for name in os.listdir("things"))
+
+
+def test_captions_of_another_model_or_question_are_refused(
+    folder: Path, tiny_model: Path, build_model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "caption", "things", "--out", "out.jsonl", *SHORT)
+    shutil.copytree(tiny_model, "copy")
+    assert run(capsys, "caption", "things", "--out", "out.jsonl", "--model", "copy", *SHORT)[0] == 0
+    build_model(seed=1).save_pretrained("copy")
+    for options in (
+        ("--model", "copy", *SHORT),
+        ("--question", "What?", *SHORT),
+        ("--max-new-tokens", "8"),
+        ("--up", "z"),
+    ):
+        status, lines, err = run(capsys, "caption", "things", "--out", "out.jsonl", *SHORT, *options)
+        assert (status, lines) == (1, [])
+        assert "out.jsonl holds answers with another" in err
+
+
+BAD_COMMANDS = {
+    ("caption",): "no object is named",
+    ("caption", "things", "--batch-size", "0"): "batch_size 0 leaves no object",
+    ("caption", "things", "--workers", "-1"): "workers -1 is less than none",
+    ("caption", "things", "--max-new-tokens", "0"): "max_new_tokens 0 leaves no room",
+    ("caption", "things", "--max-new-tokens", "600"): "together more than the language model's 512",
+    ("caption", "things", "--temperature", "-1"): "temperature -1.0 is out of range",
+    ("caption", "things", "--retry-errors"): "retry_errors needs the file",
+    ("caption", "-", "things"): "standard input (-) goes alone",
+    ("caption", "things", "--model", "nowhere"): "found no checkpoint 'nowhere'",
+    ("caption", "things", "--device", "abacus"): "cannot compute on device 'abacus'",
+    ("caption", "things", "--dtype", "int4"): "unknown dtype 'int4'",
+    ("caption", "things", "--out", "things"): "cannot write things: Is a directory",
+    ("classify", "things"): "name some with --labels or --labels-file",
+    ("classify", "things", "--labels", " , "): "--labels names no label",
+    ("classify", "things", "--labels-file", "none.txt"): "cannot read none.txt: No such file",
+    ("classify", "things", "--labels", "a,b", "--top", "0"): "top 0 leaves no label",
+    ("classify", "things", "--labels", "x" * 600): "together more than the language model's 512",
+    ("chat", "missing.ply"): "no 3D file at missing.ply",
+}
+
+
+@pytest.mark.parametrize("command", BAD_COMMANDS, ids=lambda command: " ".join(command)[:60])
+def test_a_bad_command_ends_in_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    status, lines, err = run(capsys, *command)
+    assert (status, lines) == (1, [])
+    assert BAD_COMMANDS[command] in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_without_a_model_one_line_says_how_to_name_one(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("POINTALIGN_MODEL")
+    status, _, err = run(capsys, "caption", "things")
+    assert status == 1
+    assert err.strip().splitlines() == [
+        "pointalign: no model is named: give --model FOLDER or a Hub id (in Python model=...), or set the environment "
+        "variable POINTALIGN_MODEL"
+    ]
+
+
+# In processes of their own: how a run ends.
+
+
+def started(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pointalign", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.is_file() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def readers() -> set[int]:
+    """Processes anywhere that read files for others."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"pointalign.answering.reader" in path.read_bytes():
+                found.add(int(path.parent.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def test_killed_at_any_moment_and_run_again_every_input_has_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(5, 40):
+        np.save(f"things/{number}.npy", np.random.default_rng(number).random((60, 6)))
+    command = ("caption", "things", "--out", "out.jsonl", "--batch-size", "1", "--max-new-tokens", "60")
+    before = readers()
+    process = started(*command, "--workers", "2")
+    wait_for_lines(folder / "out.jsonl", 4, process)
+    process.kill()
+    process.communicate()
+    assert 4 <= len(rows()) < 43
+    with open("out.jsonl", "ab") as file:
+        file.write(b'{"path": "things/9.npy", "capt')
+    _, (summary,), _ = run(capsys, *command)
+    assert (summary["captions"], summary["errors"]) == (40, 3)
+    assert sorted(row["path"] for row in rows()) == sorted(f"things/{name}" for name in os.listdir("things"))
+    deadline = time.monotonic() + 20
+    while readers() - before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not readers() - before
+
+
+def test_ctrl_c_leaves_whole_lines_and_says_how_to_go_on(folder: Path) -> None:
+    for number in range(5, 40):
+        np.save(f"things/{number}.npy", np.random.default_rng(number).random((60, 6)))
+    process = started(
+        "caption", "things", "--out", "out.jsonl", "--batch-size", "1", "--max-new-tokens", "60", "--workers", "2"
+    )
+    wait_for_lines(folder / "out.jsonl", 4, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == b""
+    assert f"stopped; {len(rows())} objects are in out.jsonl, the same command goes on from there" in err.decode()
+    assert err.decode().splitlines()[-1] == "pointalign: interrupted"
+    assert "Traceback" not in err.decode()
+    assert Path("out.jsonl").read_bytes().endswith(b"\n")
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_whole_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The limit on a file's size stands for the full disk."""
+    command = ("caption", "things", "--out", "out.jsonl", "--batch-size", "2", *SHORT)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (420, 420))  # noqa: E731
+    process = started(*command, preexec_fn=limit)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    last = err.decode().splitlines()[-1]
+    assert last.startswith("pointalign: cannot write out.jsonl: File too large; free some space or name another --out")
+    assert "Traceback" not in err.decode()
+    kept = rows()
+    assert 0 < len(kept) < 8
+    run(capsys, *command)
+    assert rows()[: len(kept)] == kept
+    assert len(rows()) == 8
+
+
+def test_who_reads_standard_output_no_longer_gets_one_line(folder: Path) -> None:
+    process = started("caption", "things", "--out", "-", "--batch-size", "1", *SHORT)
+    assert process.stdout is not None
+    assert b'"path"' in process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    err = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 1
+    assert err.splitlines()[-1] == "pointalign: standard output was closed; give --out FILE to keep the lines"
+    assert "Exception ignored" not in err
+
+
+def test_the_examples_are_what_their_script_writes_and_are_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = subprocess.run([sys.executable, str(EXAMPLES / "build.py"), str(folder)], capture_output=True, check=True)
+    assert done.stdout == b""
+    names = ("chair.glb", "oak_table.ply", "potted_plant.xyz", "labels.txt")
+    for name in names:
+        assert (folder / name).read_bytes() == (EXAMPLES / name).read_bytes(), name
+    status, lines, _ = run(capsys, "caption", *(str(EXAMPLES / name) for name in names[:3]), *SHORT)
+    assert status == 0
+    assert (lines[-1]["captions"], lines[-1]["errors"]) == (3, 0)
