@@ -225,6 +225,7 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(
         terminal.process.send_signal(signal.SIGINT)
         terminal.wait_for("(stopped)")
         terminal.wait_for("> ")
+        time.sleep(1)  # a Ctrl-C in the moment between prompt and reading is heard only at the next key
         terminal.process.send_signal(signal.SIGINT)
         terminal.wait_for("Ctrl-D or /quit leaves")
         terminal.type("/help\n")
