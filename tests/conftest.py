@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -17,13 +16,14 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from pointalign.models.language_model import EMBEDDED, resolve_language_model
 from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
 from pointalign.models.processing import PointAlignProcessor
+from randomness import randomize
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and so the commands that they start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -55,23 +55,6 @@ def make_tokenizer(special_tokens: list[str] = SPECIAL_TOKENS, chat_template: st
     )
     tokenizer.chat_template = chat_template
     return tokenizer
-
-
-def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Give every weight a size at which it matters: outputs then depend visibly on every part."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(module.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2:
-                parameter.copy_(noise * (1.5 / math.sqrt(parameter.shape[-1])))
-            else:
-                parameter.copy_(0.1 * noise + (1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0))
-        for name, buffer in sorted(module.named_buffers()):
-            if name.endswith("running_mean"):
-                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
-            if name.endswith("running_var"):
-                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
 
 
 def make_config(

@@ -58,7 +58,7 @@ true_size = load_benchmark()
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, build_model: Any, build_tokenizer: Any) -> Iterator[Path]:
     """Tiny stand-ins for all that recipes start from, and a folder of tiny data."""
-    from conftest import randomize
+    from randomness import randomize
 
     folder = tmp_path_factory.mktemp("world")
     tokenizer = build_tokenizer(chat_template=None)

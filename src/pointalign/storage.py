@@ -35,7 +35,8 @@ def written_file(target: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, target)
     except OSError as error:
-        error.filename = error.filename or str(target)
+        if error.errno is not None and error.filename is None:
+            error.filename = str(target)
         raise
     finally:
         temporary.unlink(missing_ok=True)
