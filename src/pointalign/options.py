@@ -99,7 +99,8 @@ class ManyFiles:
     """
 
     out: str | None = None
-    """File of JSON lines; one that was stopped is gone on with. Without it, or with -, lines go to standard output."""
+    """File of JSON lines; one that was stopped is gone on with. With - lines go to standard output, as without it, where
+    people see them as text on a terminal."""
     retry_errors: bool = False
     """Try again what an earlier run wrote an error for into the same file."""
     batch_size: int = 16

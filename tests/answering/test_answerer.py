@@ -137,3 +137,17 @@ def test_clouds_must_fit_the_messages_and_messages_the_context(answerer: Answere
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Decoding(**settings)
+
+
+def test_a_batch_too_large_for_the_memory_is_told(
+    answerer: Answerer, prepared: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n20.00 GiB")
+
+    monkeypatch.setattr(torch.nn.functional, "linear", full)
+    for asked in (lambda: answerer.ask(prepared, "What?", SHORT), lambda: answerer.probabilities(prepared, ["a", "b"])):
+        with pytest.raises(DataError, match=r"does not hold 4 objects at a time; lower batch_size$"):
+            asked()
+    with pytest.raises(DataError, match="compute elsewhere"):
+        answerer.ask(prepared[:1], "What?", SHORT)

@@ -222,12 +222,22 @@ def test_who_judges_what() -> None:
         ConfigError, match=r"the judge match does not suit household-captioning .*use --judge embedding or"
     ):
         make_plan(("household-captioning",), "match", Sources(), 1)
+    with pytest.raises(ConfigError, match="--limit 0 leaves no object"):
+        make_plan((ALL,), None, Sources(), 0)
     with pytest.raises(ConfigError, match="no judge 'gpt'; known are likelihood, match"):
         make_plan((), "gpt", Sources(), 1)
     with pytest.raises(ConfigError, match="--clouds FOLDER and --truth FILE"):
         make_plan((OWN,), None, Sources(), 1)
     assert set(get_args(BenchmarkName)) == {*BENCHMARKS, OWN, RETENTION, ALL}
     assert all("captioning" not in SUITS[name] for name in ("likelihood", "match"))
+
+
+def test_a_judge_that_cannot_be_had_is_told_of_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_MODEL", raising=False)
+    with pytest.raises(ConfigError, match="needs a model; give --judge-model"):
+        evaluate(tmp_path / "no model", tmp_path / "out", EvaluationSettings(judge="llm"))
 
 
 @pytest.mark.parametrize("option", ["batch_size", "max_new_tokens"])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pointalign.answering.generation import Generated, chance, check_room, generate_from
+from pointalign.answering.generation import Generated, chance, check_room, generate_from, memory_told
 from pointalign.answering.streaming import Stream
 from pointalign.data.files import PointCloud
 from pointalign.data.household_phrases import CATEGORY_QUESTIONS
@@ -108,7 +108,7 @@ class Answerer:
         """
         inputs = self.inputs(conversations, clouds)
         check_room(self.model, inputs["input_ids"].shape[1], decoding.max_new_tokens)
-        with chance(decoding, self.device, number):
+        with chance(decoding, self.device, number), memory_told(len(clouds)):
             return generate_from(self.model, self.processor, inputs, decoding.options())
 
     def ask(
@@ -158,7 +158,8 @@ class Answerer:
         Source: length normalisation after Brown et al. 2020 (arXiv 2005.14165), section 2.4.
         """
         words = [f" {label}" for label in labels]
-        scores = label_log_likelihoods(self.model, self.processor, clouds, question, CLASS_STEM, words)
+        with memory_told(len(clouds)):
+            scores = label_log_likelihoods(self.model, self.processor, clouds, question, CLASS_STEM, words)
         return scores.softmax(dim=-1)
 
     def check_labels(self, labels: Sequence[str], question: str = CLASS_QUESTION) -> None:

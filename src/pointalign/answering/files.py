@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
 from torch import Tensor
 
 from pointalign.answering.answerer import Answerer
@@ -35,14 +36,14 @@ class Job:
         settings: what the rows depend on besides model and file.
         rows: from the model, prepared clouds of a batch and the batch's number to one row for each cloud.
         check: refuses what this model cannot do for any object, before the first one.
-        drawn: a row as people read it on a terminal, for rich; JSON when None.
+        drawn: a row as people read it on a terminal, for rich.
     """
 
     name: str
     settings: Mapping[str, Any]
     rows: Callable[[Answerer, Sequence[Tensor], int], list[Row]]
     check: Callable[[Answerer], None]
-    drawn: Callable[[Row], Any] | None = None
+    drawn: Callable[[Row], RenderableType]
 
 
 def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: Reading, many: ManyFiles) -> Row:
@@ -68,7 +69,7 @@ def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: R
     name = resolve_model(choice.model)
     folder = fetch_model(name)
     if many.out in (None, "-"):
-        lines: LinesFile | StandardOutput = StandardOutput(job.drawn)
+        lines: LinesFile | StandardOutput = StandardOutput(job.drawn if many.out is None else None)
     else:
         settings = {"model": model_fingerprint(str(folder)), **job.settings, **asdict(reading)}
         lines = LinesFile(Path(many.out), settings, many.retry_errors)

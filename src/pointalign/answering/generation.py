@@ -77,6 +77,20 @@ def chance(decoding: Decoding, device: torch.device, number: int = 0) -> Iterato
         yield
 
 
+@contextmanager
+def memory_told(batch: int) -> Iterator[None]:
+    """Tell what to do where a batch does not fit into memory.
+
+    Raises:
+        DataError: in place of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedy = "lower batch_size" if batch > 1 else "free some, or compute elsewhere (device)"
+        raise DataError(f"the memory of the device does not hold {batch} objects at a time; {remedy}") from error
+
+
 def context_length(model: Any) -> int | None:
     """Most tokens of prompt and answer together that the language model was made for; None where it does not say."""
     return getattr(model.config.text_config, "max_position_embeddings", None)

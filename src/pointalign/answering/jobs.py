@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from pointalign.answering.answerer import CAPTION_QUESTION, CLASS_QUESTION, FREE_QUESTION, Answerer
@@ -34,7 +36,7 @@ def caption_job(question: str | None = None, decoding: Decoding = GREEDY) -> Job
     def check(answerer: Answerer) -> None:
         answerer.check_question(asked, decoding.max_new_tokens)
 
-    return Job("captions", {"question": asked, **asdict(decoding)}, rows, check)
+    return Job("captions", {"question": asked, **asdict(decoding)}, rows, check, drawn_caption)
 
 
 def classify_job(
@@ -115,11 +117,13 @@ def read_labels(text: str | None, file: Path | None) -> list[str]:
     return labels
 
 
-def drawn_classes(row: Row) -> Any:
-    """A row as a small table with bars, for a terminal."""
-    from rich.table import Table
-    from rich.text import Text
+def drawn_caption(row: Row) -> Text:
+    """A row as a line of text, for a terminal."""
+    return Text.assemble((f"{row['path']}: ", "bold"), (row["error"], "red") if "error" in row else row["caption"])
 
+
+def drawn_classes(row: Row) -> Table:
+    """A row as a small table with bars, for a terminal."""
     table = Table(title=Text(row["path"]), title_justify="left", show_header=False, box=None, padding=(0, 1))
     for entry in row.get("labels", []):
         bar = "█" * round(BAR_WIDTH * entry["score"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from pointalign.errors import DataError
 from pointalign.storage import cache_dir, write_text, written_file
@@ -35,7 +35,7 @@ class StandardOutput:
         drawn: a row as people read it on a terminal, for rich; JSON there too when None.
     """
 
-    def __init__(self, drawn: Callable[[Row], Any] | None = None) -> None:
+    def __init__(self, drawn: Callable[[Row], RenderableType] | None = None) -> None:
         self.done: dict[str, bool] = {}
         self._drawn = drawn
 
@@ -45,18 +45,14 @@ class StandardOutput:
         Raises:
             DataError: when nobody reads any more.
         """
-        lines = [json_line(row) for row in rows]
         try:
-            if sys.stdout.isatty():
-                # Printed, not written past a progress bar, which gives way to what is printed.
-                for row, line in zip(rows, lines, strict=True):
-                    if self._drawn is None:
-                        print(line.decode(), end="", flush=True)
-                    else:
-                        Console().print(self._drawn(row))
+            if self._drawn is not None and sys.stdout.isatty():
+                # Through `sys.stdout`, where a progress bar gives way to what is printed.
+                for row in rows:
+                    Console().print(self._drawn(row))
                 return
             sys.stdout.flush()
-            sys.stdout.buffer.write(b"".join(lines))
+            sys.stdout.buffer.write(b"".join(map(json_line, rows)))
             sys.stdout.buffer.flush()
         except BrokenPipeError as error:
             # What Python still holds for a closed pipe would fail again when the process ends.
@@ -171,7 +167,7 @@ class LinesFile:
         Raises:
             DataError: when the disk is full or the file cannot be written any more.
         """
-        lines = b"".join(json_line(row) for row in rows)
+        lines = b"".join(map(json_line, rows))
         end = self._file.seek(0, os.SEEK_END)
         try:
             written = 0

@@ -121,7 +121,7 @@ def load_answerer(
     """
     wanted = resolve_model(model)
     chosen = choose_device(device)
-    numbers = _choose_dtype(dtype)
+    numbers = _choose_dtype(dtype, chosen)
     folder = fetch_model(wanted)
     with quiet_transformers():
         processor = load_processor(str(folder))
@@ -157,9 +157,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
-        return torch.bfloat16 if native_bf16() else torch.float32
+        return torch.bfloat16 if native_bf16(device) else torch.float32
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(f"unknown dtype {dtype!r}; give float32, bfloat16 or float16")

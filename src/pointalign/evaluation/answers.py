@@ -91,14 +91,16 @@ def answer_question(
         ledger: keeps the answers; rows hold `model_output`, `tokens` and `truncated`.
         batch_size: clouds at a time.
         seed: of sampling, where `generation` samples; each batch has its own, so that stopping changes no answer.
-        generation: arguments of `generate`, `max_new_tokens` among them.
+        generation: arguments of `generate`, `max_new_tokens` and `do_sample` among them.
         advance: called with the number of objects done.
     """
 
     def compute(number: int, object_ids: Sequence[str]) -> list[dict[str, Any]]:
-        torch.manual_seed(seed + number)
         clouds = read_clouds(benchmark.clouds, object_ids)
-        said = generate_batch(model, processor, clouds, question.text, **generation)
+        with torch.random.fork_rng(enabled=generation["do_sample"]):
+            if generation["do_sample"]:
+                torch.manual_seed(seed + number)
+            said = generate_batch(model, processor, clouds, question.text, **generation)
         return [{"model_output": text, "tokens": tokens, "truncated": cut} for text, tokens, cut in said]
 
     ledger.fill([item.object_id for item in benchmark.items], batch_size, compute, advance)

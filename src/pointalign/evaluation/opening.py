@@ -85,8 +85,6 @@ def open_benchmark(name: str, sources: Sources = Sources(), limit: int | None = 
     """
     if name not in _OPENERS:
         raise ConfigError(f"there is no benchmark {name!r}; known are {', '.join(BENCHMARKS)}")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit {limit} leaves no object; give 1 or more")
     benchmark = _OPENERS[name](sources)
     items = benchmark.items[:limit]
     if not items:

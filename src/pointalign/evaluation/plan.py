@@ -65,11 +65,13 @@ def make_plan(names: Sequence[str], judge: str | None, sources: Sources, limit: 
         limit: only so many objects of each.
 
     Raises:
-        ConfigError: for an unknown name or judge, or a judge that does not suit the only benchmark.
+        ConfigError: for an unknown name or judge, a judge that does not suit the only benchmark, or a limit below 1.
         DataError: when a benchmark's files are missing or broken; with `all` it is left out instead.
     """
     if judge is not None and judge not in (*SUITS, NONE):
         raise ConfigError(f"there is no judge {judge!r}; known are {', '.join((*SUITS, NONE))}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit} leaves no object; give 1 or more")
     plan = Plan(lenient=ALL in names)
     wanted = [*BENCHMARKS, RETENTION] if plan.lenient else list(dict.fromkeys(names or DEFAULT))
     if OWN in wanted:

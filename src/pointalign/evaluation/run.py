@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pointalign.answering.loading import quiet_transformers
 from pointalign.errors import PointAlignError
@@ -21,6 +21,7 @@ from pointalign.evaluation.records import Judge
 from pointalign.evaluation.report import write_overview, write_report
 from pointalign.evaluation.results import RESULTS_FILE, join_questions, judge_question
 from pointalign.evaluation.retention_run import evaluate_retention
+from pointalign.judge_settings import JudgeName
 from pointalign.progress import progress, say
 from pointalign.storage import write_text
 
@@ -46,6 +47,9 @@ def evaluate(model: str | Path, out: str | Path, settings: EvaluationSettings | 
     """
     folder, settings = Path(out), settings or EvaluationSettings()
     plan = make_plan(settings.benchmarks, settings.judge, settings.sources, settings.limit)
+    # A judge that cannot be had is told of before hours of answering.
+    for name in {planned.judge for planned in plan.planned} & set(get_args(JudgeName)):
+        build_judge(name, **settings.judge_options)  # pyright: ignore[reportArgumentType]
     with quiet_transformers(), joined_processes() as processes:
         results = _answer_and_judge(model, folder, plan, settings, processes) if plan.planned else {}
         if not processes.is_first:
