@@ -74,7 +74,7 @@ def build_extra(sources: Sequence[str | Path], out: str | Path) -> dict[str, int
     models, families = _spread(models, left_out)
     with written_file(Path(out)) as temporary:
         write_clouds(temporary, _columns(models, families), [model.cloud for model in models], COMPRESSION_LEVEL)
-    for reason, count in left_out.items():
+    for reason, count in (+left_out).items():
         say(f"left out {count}: {reason}")
     counts = Counter(model.candidate.package.name for model in models)
     return {"objects": len(models), **counts, "left_out": left_out.total()}
