@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test lint clean
 
 demo: $(STAMP)
-	$(RUN)/pointalign demo
+	$(RUN)/pointalign quickstart
 
 test: $(STAMP)
 	$(RUN)/ruff check .

@@ -45,7 +45,16 @@ def last_line(text: str) -> str:
 def test_help_names_every_verb_and_is_quick(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    for verb in ("train", "evaluate", "chat", "caption", "classify", "demo", "data household", "import-checkpoint"):
+    for verb in (
+        "train",
+        "evaluate",
+        "chat",
+        "caption",
+        "classify",
+        "quickstart",
+        "data household",
+        "import-checkpoint",
+    ):
         assert f"  {verb} " in out
     seconds = []
     for _ in range(3):

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "__init__": set(),
     "__main__": {"cli"},
 }
-ANYTHING = {"cli", "demo", "demo_report"}
+ANYTHING = {"cli", "demo", "quickstart", "quickstart_report"}
 
 
 def unit(path):

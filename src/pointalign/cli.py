@@ -249,18 +249,18 @@ class Render:
 
 
 @dataclass
-class Demo:
+class Quickstart:
     """Fine-tune a real model twice on the bundled objects, with and without alignment, and compare the two."""
 
     out: Path = Path("runs/demo")
-    """The demo's folder; a demo that was stopped goes on where it was."""
+    """Its folder; one that was stopped goes on where it was."""
     fast: bool = False
     """A few steps and objects only, to see that everything runs."""
 
     def run(self) -> dict[str, Any]:
-        from pointalign.demo import run_demo
+        from pointalign.quickstart import run_quickstart
 
-        return run_demo(self.out, self.fast)
+        return run_quickstart(self.out, self.fast)
 
 
 @dataclass
@@ -411,7 +411,7 @@ VERBS: dict[str, Any] = {
     "classify": Classify,
     "render": Render,
     "judge": Judge,
-    "demo": Demo,
+    "quickstart": Quickstart,
     "recipes": Recipes,
     "import-checkpoint": ImportCheckpoint,
 }

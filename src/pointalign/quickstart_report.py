@@ -1,4 +1,4 @@
-"""The demo's report: what was trained, how the two models compare, and what they say of objects they never saw."""
+"""The quick start's report: what was trained, how the two models compare, and what they say of unseen objects."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _verdict(n: int, difference: Mapping[str, Mapping[str, Any]]) -> str:
     told = "cannot tell" if difference["correct"]["inside_noise"] else "suggests, from one seed only,"
     return (
         f"**{n} objects prove little.** The 95 % interval of the difference in accuracy is {half:.1f} points wide on each "
-        f"side ({100 * low:+.1f} to {100 * high:+.1f}), and one object moves accuracy by {100 / n:.1f} points: this demo "
+        f"side ({100 * low:+.1f} to {100 * high:+.1f}), and one object moves accuracy by {100 / n:.1f} points: this run "
         f"{told} whether alignment helps. It shows that both fine-tunes run and what they produce; a claim needs "
         "several seeds and more objects."
     )
@@ -126,7 +126,7 @@ def write_report(
     """Write `report.md` with its two figures, readable by itself.
 
     Args:
-        folder: the demo's folder.
+        folder: the quick start's folder.
         recipes: of each run.
         summaries: what `train` returned for each run.
         results: what `evaluate_arm` gave for "baseline" and "aligned".
@@ -141,7 +141,7 @@ def write_report(
     base, alignment = results["baseline"], recipes["aligned"].alignment
     n = base["n"]
     lines = [
-        "# Demo: one model fine-tuned twice, with and without alignment",
+        "# Quick start: one model fine-tuned twice, with and without alignment",
         "",
         f"A point encoder and a connector were trained on 720 household objects and joined to "
         f"`{recipes['pretrain'].model.language_model}`. From that one start the language model's LoRA was fine-tuned twice on "

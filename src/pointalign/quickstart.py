@@ -10,12 +10,12 @@ from typing import Any
 
 from pointalign.config import Recipe, load_recipe
 from pointalign.data.household import load_household
-from pointalign.demo_report import write_report
 from pointalign.evaluation.asking import EvaluationSettings
 from pointalign.evaluation.results import RESULTS_FILE
 from pointalign.evaluation.run import evaluate
 from pointalign.evaluation.statistics import paired_difference
 from pointalign.evaluation.text_metrics import measure_name
+from pointalign.quickstart_report import write_report
 from pointalign.run_folder import RunFolder
 from pointalign.runs import train
 from pointalign.sentence_embedding import MINILM
@@ -25,11 +25,11 @@ CLASSIFIED = Path("household-classification", "likelihood", RESULTS_FILE)
 CAPTIONED = Path("household-captioning", "metrics", RESULTS_FILE)
 
 
-def demo_recipes(out: Path, fast: bool) -> dict[str, Recipe]:
-    """The demo's four runs in order, each starting from what came before.
+def quickstart_recipes(out: Path, fast: bool) -> dict[str, Recipe]:
+    """The quick start's four runs in order, each starting from what came before.
 
     Args:
-        out: the demo's folder.
+        out: the quick start's folder.
         fast: two steps each.
     """
     encoder = load_recipe("household-encoder")
@@ -85,8 +85,8 @@ def evaluate_arm(folder: Path, limit: int | None = None) -> dict[str, Any]:
     }
 
 
-def run_demo(out: str | Path, fast: bool = False) -> dict[str, Any]:
-    """Run the demo, going on where an earlier one in the same folder stopped.
+def run_quickstart(out: str | Path, fast: bool = False) -> dict[str, Any]:
+    """Run the quick start, going on where an earlier one in the same folder stopped.
 
     Args:
         out: its folder; `report.md` is written there.
@@ -99,7 +99,7 @@ def run_demo(out: str | Path, fast: bool = False) -> dict[str, Any]:
         PointAlignError: for anything expected that goes wrong.
     """
     folder, start = Path(out), time.monotonic()
-    recipes = demo_recipes(folder, fast)
+    recipes = quickstart_recipes(folder, fast)
     summaries = {}
     for name, recipe in recipes.items():
         summary_file = folder / name / "summary.json"
