@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pointalign import geometry
 from pointalign.errors import DataError
 from pointalign.geometry import (
+    chamfer_distances,
     farthest_point_sample,
     gather_points,
     group_points,
@@ -204,3 +205,21 @@ def test_normalise_treats_each_cloud_of_a_batch_alone():
     for i in range(2):
         for j in range(3):
             torch.testing.assert_close(got[i, j], normalize_point_cloud(clouds[i, j]), rtol=0, atol=1e-6)
+
+
+def test_chamfer_distances_by_hand():
+    first = torch.tensor([[[0.0, 0, 0], [1, 0, 0]], [[5.0, 0, 0], [5, 0, 0]]])
+    second = torch.tensor([[[0.0, 0, 0], [0, 2, 0], [1, 0, 0]]])
+    # (0 + 0) / 2 one way, (0 + 2 + 0) / 3 back; (4 + 4) / 2 one way, (5 + sqrt(29) + 4) / 3 back
+    expected = torch.tensor([[(0 + 2 / 3) / 2], [(4 + (5 + 29**0.5 + 4) / 3) / 2]])
+    torch.testing.assert_close(chamfer_distances(first, second), expected)
+    torch.testing.assert_close(chamfer_distances(second, first), expected.T)
+
+
+def test_chamfer_distances_in_pieces_are_the_same(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.rand(2, 7, 3, generator=generator), torch.rand(5, 9, 3, generator=generator)
+    whole, threads = chamfer_distances(first, second), torch.get_num_threads()
+    monkeypatch.setattr("pointalign.geometry.PAIRS_AT_ONCE", 130)
+    torch.testing.assert_close(chamfer_distances(first, second), whole)
+    assert torch.get_num_threads() == threads

@@ -56,7 +56,7 @@ class Evaluate:
     """Evaluate a model: its answers to the field's benchmarks, the bundled objects or your own, judged, with intervals."""
 
     model: str
-    """Folder or Hub id of a trained model."""
+    """Folder or Hub id of a trained model; or baseline:most-frequent, :chamfer, :forest, :forest-without-size."""
     benchmark: list[BenchmarkName] = field(default_factory=list)
     """What is asked: one or several, or all that the data on disk allow; the household objects when not given."""
     judge: JudgeName | Literal["likelihood", "none"] | None = None

@@ -26,7 +26,7 @@ from pointalign.data.household import (
 )
 from pointalign.data.household_build import build_household, thin_clouds
 from pointalign.data.household_catalog import COLLECTIONS, NOTICE_MARK, parse_properties
-from pointalign.data.household_split import assign_splits, near_duplicates
+from pointalign.data.household_split import assign_splits, family_folds, near_duplicates
 from pointalign.errors import DataError
 from pointalign.geometry import farthest_point_sample, normalize_point_cloud
 
@@ -265,3 +265,31 @@ def test_rebuild_from_the_real_source(tmp_path: Path) -> None:
     build_household(REAL_SOURCE, tmp_path / "again.parquet")
     digests = {hashlib.sha256(p.read_bytes()).hexdigest() for p in (HOUSEHOLD_FILE, tmp_path / "again.parquet")}
     assert len(digests) == 1, "other bytes; pyarrow's version is part of them"
+
+
+def test_folds_never_part_a_family_and_hold_every_label_evenly(objects: list[HouseholdObject]) -> None:
+    folds = family_folds(objects)
+    assert folds.keys() == {thing.id for thing in objects}
+    families, chairs = defaultdict(set), Counter()
+    for thing in objects:
+        families[thing.family].add(folds[thing.id])
+        chairs[folds[thing.id]] += thing.label == "chair"
+    assert max(map(len, families.values())) == 1
+    sizes = Counter(folds.values())
+    assert (set(sizes), min(sizes.values()) >= 150, max(sizes.values()) <= 175) == ({0, 1, 2, 3, 4}, True, True)
+    assert max(chairs.values()) - min(chairs.values()) <= 2
+    assert family_folds(objects) == folds
+    assert family_folds(objects, seed=1) != folds
+
+
+def test_folds_are_the_same_everywhere() -> None:
+    """Numbers of a cross-validation compare only over the same folds, whatever the version of scikit-learn."""
+    folds = family_folds(list(read_labels().values()))
+    listed = " ".join(f"{name} {folds[name]}" for name in sorted(folds))
+    assert hashlib.sha256(listed.encode()).hexdigest()[:16] == "121ad7a282002b86"
+
+
+def test_impossible_folds_are_refused() -> None:
+    rows = [LabelRow(f"o{number}", "chair", "one family", "a chair") for number in range(4)]
+    with pytest.raises(DataError, match="cannot part 1 families into 2 folds"):
+        family_folds(rows, folds=2)

@@ -1,19 +1,21 @@
 """Which household models are nearly the same, and the split that never parts them.
 
 A family is what the reviewed table says (same creator and name, colour variants, and every pair that
-`near_duplicates` finds); the split holds out whole families only.
+`near_duplicates` finds); the split holds out whole families only, and so does every fold of a cross-validation.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from scipy.spatial import KDTree
 
-from pointalign.data.household import LabelRow
+from pointalign.data.household import HouseholdObject, LabelRow
+from pointalign.errors import DataError
 
 HELD_OUT_SHARE = 100 / 820
 # Two models nearer than this are one family. Chosen by looking at the pairs: see docs/household.md.
@@ -114,3 +116,39 @@ def _largest_remainder(sizes: Counter[str], seats: int) -> Counter[str]:
     for label in by_remainder[: seats - sum(quota.values())]:
         quota[label] += 1
     return quota
+
+
+def family_folds(things: Sequence[LabelRow | HouseholdObject], folds: int = 5, seed: int = 0) -> dict[str, int]:
+    """Parts of about equal size for cross-validation: stratified by label, and never part of a family.
+
+    The held-out split plays no part: all objects given are folded. A model that is reported on the held-out 100 is not
+    chosen by these folds, unless only training objects are given.
+
+    Args:
+        things: the objects, in any order.
+        folds: how many parts.
+        seed: of the shuffling.
+
+    Returns:
+        The number of its part, from 0, for each object id.
+
+    Raises:
+        DataError: when there are fewer families than folds.
+
+    Source: scikit-learn's StratifiedGroupKFold.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    things = sorted(things, key=lambda thing: thing.id)
+    families = [thing.family for thing in things]
+    if not 2 <= folds <= len(set(families)):
+        raise DataError(
+            f"cannot part {len(set(families))} families into {folds} folds; give 2 or more, and fewer folds"
+        )
+    parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer objects than folds
+        for number, (_, held) in enumerate(parts.split(families, [thing.label for thing in things], families)):
+            found.update({things[index].id: number for index in held})
+    return found

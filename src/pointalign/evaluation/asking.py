@@ -157,7 +157,7 @@ class RawAnswers:
             labels=self.benchmark.task.labels,
         )
 
-    def fill(self, loaded: LoadedModel) -> None:
+    def fill(self, loaded: Any) -> None:
         """Ask the model what is missing of this process's share."""
         benchmark, model, processor = self.benchmark, loaded.model, loaded.processor
         generation, batch = self.settings.generation(benchmark), self.settings.batch(benchmark)

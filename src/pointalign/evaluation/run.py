@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from pointalign.answering.loading import quiet_transformers
 from pointalign.errors import PointAlignError
 from pointalign.evaluation.asking import EvaluationSettings, RawAnswers, load_model
+from pointalign.evaluation.baseline_answers import BaselineAnswers, baseline_name, check_baseline
 from pointalign.evaluation.benchmarks import Question
 from pointalign.evaluation.judges import LikelihoodJudge
 from pointalign.evaluation.judging import build_judge
@@ -33,7 +36,7 @@ def evaluate(model: str | Path, out: str | Path, settings: EvaluationSettings | 
     """Evaluate a model; stopped at any time and run again with the same settings, it goes on where it was.
 
     Args:
-        model: folder or Hub id.
+        model: folder or Hub id; or `baseline:NAME`, see `baselines.BASELINES`.
         out: folder. For each benchmark it holds the raw answers, `answers-QUESTION.json` in the field's format, and in a
             folder per judge `results.json` and `report.md`; `report.md` sums up.
         settings: what is evaluated, and how; the household objects, and all defaults, when None.
@@ -47,6 +50,7 @@ def evaluate(model: str | Path, out: str | Path, settings: EvaluationSettings | 
     """
     folder, settings = Path(out), settings or EvaluationSettings()
     plan = make_plan(settings.benchmarks, settings.judge, settings.sources, settings.limit)
+    check_baseline(model, plan, settings)
     # A judge that cannot be had is told of before hours of answering.
     for name in {planned.judge for planned in plan.planned} & set(get_args(JudgeName)):
         build_judge(name, **settings.judge_options)  # pyright: ignore[reportArgumentType]
@@ -78,7 +82,7 @@ def evaluate(model: str | Path, out: str | Path, settings: EvaluationSettings | 
 def default_out(model: str) -> Path:
     """Where an evaluation goes when nobody says: beside a model's folder, else under runs by the Hub id."""
     folder = Path(model)
-    return folder.parent / "evaluation" if folder.is_dir() else Path("runs") / "evaluation" / model.replace("/", "--")
+    return folder.parent / "evaluation" if folder.is_dir() else Path("runs") / "evaluation" / re.sub("[/:]", "--", model)
 
 
 def told_numbers(result: dict[str, Any]) -> dict[str, Any]:
@@ -93,21 +97,34 @@ def told_numbers(result: dict[str, Any]) -> dict[str, Any]:
 def _answer_and_judge(
     name: str | Path, folder: Path, plan: Plan, settings: EvaluationSettings, processes: Processes
 ) -> dict[str, dict[str, Any]]:
-    loaded = load_model(name, settings.as_released)
-    raw = {planned.benchmark.name: RawAnswers(loaded, planned, folder, settings, processes) for planned in plan.planned}
-    for answers in raw.values():
-        answers.fill(loaded)
+    raw, device = _answers(name, folder, plan, settings, processes)
     processes.wait()
     if not processes.is_first:
         return {}
-    machine = environment(loaded.device, processes.world)
-    del loaded  # a judge may need the memory
+    machine = environment(device, processes.world)
     results = {}
     for name, answers in raw.items():
         result = judge_all(answers, machine)
         if result is not None:
             results[name] = result
     return results
+
+
+def _answers(
+    name: str | Path, folder: Path, plan: Plan, settings: EvaluationSettings, processes: Processes
+) -> tuple[dict[str, RawAnswers], torch.device]:
+    """What a model or baseline says in each benchmark, and where it computed; the model itself is gone: a judge may need
+    the memory."""
+    if (baseline := baseline_name(name)) is not None:
+        raw = [BaselineAnswers(baseline, planned, folder, settings, processes) for planned in plan.planned]
+        loaded, device = None, torch.device("cpu")
+    else:
+        loaded = load_model(name, settings.as_released)
+        raw = [RawAnswers(loaded, planned, folder, settings, processes) for planned in plan.planned]
+        device = loaded.device
+    for answers in raw:
+        answers.fill(loaded)
+    return {answers.benchmark.name: answers for answers in raw}, device
 
 
 def judge_all(raw: RawAnswers, machine: dict[str, Any]) -> dict[str, Any] | None:
