@@ -22,7 +22,8 @@ TRAINING = BOTH | {"alignment", "parts", "training", "released", "run_folder", "
 MAY_IMPORT = {
     "errors": set(),
     "geometry": {"errors"},
-    "alignment": {"errors"},
+    "alignment": {"decoder_blocks", "errors"},
+    "decoder_blocks": {"errors"},
     "config": {"errors", "conversion"},
     "conversion": {"errors"},
     "progress": {"errors"},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "answering": BOTH | {"answering", "evaluation", "options"},
     "chat": BOTH | {"answering", "options"},
     "pipelines": BOTH | {"answering", "options"},
-    "probing": BOTH | {"evaluation", "probing"},
+    "probing": BOTH | {"decoder_blocks", "evaluation", "probing"},
     "rendering": BOTH,
     "importers": BOTH | {"importers", "alignment"},  # published checkpoints hold an alignment projector too
     "parts": BOTH,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pointalign.decoder_blocks import block_output, find_decoder_layers
 from pointalign.errors import ConfigError, DataError
 
 AlignmentLoss = Literal["cosine", "l1", "l2"]
@@ -136,26 +137,6 @@ def schedule_weight(weight: float, schedule: AlignmentSchedule, progress: float,
     if progress >= stop_fraction:
         return 0.0
     return weight if schedule == "stop" else weight * (1 - progress / stop_fraction)
-
-
-def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks of any Hugging Face language or vision-language model, found by their number.
-
-    Raises:
-        ConfigError: when no list of blocks has the length that the model's config states.
-    """
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    count = getattr(text_config, "num_hidden_layers", None)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # pyright: ignore[reportCallIssue]
-    roots = [root for root in (decoder, model) if isinstance(root, nn.Module)]
-    for root in roots:
-        for module in root.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == count:
-                return module
-    raise ConfigError(
-        f"found no list of {count} decoder blocks in {type(model).__name__}; pass `layers_module` yourself"
-    )
 
 
 @dataclass
@@ -296,7 +277,7 @@ class AlignmentRegularizer(nn.Module):
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             # A recomputation for gradient checkpointing runs in the backward pass, when no request is open.
             if self._request is not None:
-                self._captured[layer] = output[0] if isinstance(output, tuple) else output
+                self._captured[layer] = block_output(output)
 
         return hook
 

@@ -1,0 +1,73 @@
+"""The decoder blocks of any Hugging Face model, and how their hidden states are read: by hooks, at chosen positions alone.
+
+Letters: B batch, L sequence length, D width. Layer 0 is what enters the first block; layer k is the output of the k-th.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from pointalign.errors import ConfigError
+
+
+def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks of any Hugging Face language or vision-language model, found by their number.
+
+    Raises:
+        ConfigError: when no list of blocks has the length that the model's config states.
+    """
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    count = getattr(text_config, "num_hidden_layers", None)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # pyright: ignore[reportCallIssue]
+    roots = [root for root in (decoder, model) if isinstance(root, nn.Module)]
+    for root in roots:
+        for module in root.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return module
+    raise ConfigError(
+        f"found no list of {count} decoder blocks in {type(model).__name__}; pass `layers_module` yourself"
+    )
+
+
+def block_output(output: Any) -> Tensor:
+    """The hidden states (B, L, D) in what a decoder block returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def reading_layers(
+    model: nn.Module, read: Callable[[int, Tensor], None], layers_module: nn.ModuleList | None = None
+) -> Iterator[int]:
+    """Hand every layer's hidden states to a function while the model runs; nothing is kept of them, or of the hooks.
+
+    Args:
+        model: any Hugging Face model.
+        read: called with the layer (0 for what enters the first block) and its hidden states (B, L, D).
+        layers_module: the decoder's blocks, when `find_decoder_layers` cannot find them.
+
+    Yields:
+        The number of blocks.
+
+    Raises:
+        ConfigError: when the blocks cannot be found.
+    """
+    blocks = layers_module if layers_module is not None else find_decoder_layers(model)
+
+    def enters(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        read(0, args[0] if args else kwargs["hidden_states"])
+
+    def leaves(layer: int) -> Callable[..., None]:
+        return lambda module, args, output: read(layer, block_output(output))
+
+    handles = [blocks[0].register_forward_pre_hook(enters, with_kwargs=True)]
+    handles += [block.register_forward_hook(leaves(number)) for number, block in enumerate(blocks, start=1)]
+    try:
+        yield len(blocks)
+    finally:
+        for handle in handles:
+            handle.remove()
