@@ -23,7 +23,7 @@ from pointalign.errors import ConfigError
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
 from pointalign.run_folder import RunFolder
-from pointalign.runs import train
+from pointalign.runs import build_model, train
 
 STEPS = 8
 
@@ -42,6 +42,13 @@ def start(tmp_path_factory: pytest.TempPathFactory, build_model: Any, build_toke
         tokenizer, num_points=48, num_point_tokens=model.config.num_point_tokens, min_points=8
     ).save_pretrained(folder / "model")
     return folder / "model"
+
+
+def test_a_new_model_fills_colors_as_its_training_data(start: Path, build_tokenizer: Any) -> None:
+    build_tokenizer().save_pretrained(start.parent / "language_model")
+    settings = replace(load_recipe("household-encoder").model, language_model=str(start.parent / "language_model"))
+    assert build_model(settings, (0.25, 0.5, 1.0))[1].missing_color == [0.25, 0.5, 1.0]
+    assert build_model(replace(settings, start_from=str(start)), (0.25, 0.5, 1.0))[1].missing_color == [0, 0, 0]
 
 
 def tiny_recipe(start: Path, **changes: Any) -> Recipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pointalign.config import ModelSettings, Recipe, load_recipe, recipe_names
 from pointalign.contrastive import train_encoder
 from pointalign.data.conversations import ConversationDataset, PointCloudSource
 from pointalign.data.features import FeatureCache, weights_fingerprint
-from pointalign.data.sources import open_training_data, read_clouds
+from pointalign.data.sources import missing_color, open_training_data, read_clouds
 from pointalign.errors import ConfigError
 from pointalign.figures import draw_losses
 from pointalign.models.checkpoint import fit_embeddings
@@ -41,8 +42,14 @@ ENCODE_BATCH = 16
 KEPT_CLOUDS = 2000
 
 
-def build_model(settings: ModelSettings) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
+def build_model(
+    settings: ModelSettings, missing_color: Sequence[float]
+) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
     """A model and its processor: from a checkpoint, or new parts around a pretrained language model.
+
+    Args:
+        settings: the recipe's.
+        missing_color: what a new model's processor gives clouds without colour; a checkpoint's keeps its own.
 
     Raises:
         CheckpointError: when a checkpoint or the language model cannot be loaded.
@@ -66,6 +73,7 @@ def build_model(settings: ModelSettings) -> tuple[PointAlignForConditionalGenera
         min_points=settings.point_encoder.group_size,
         point_token=token,
         system_prompt=settings.system_prompt,
+        missing_color=missing_color,
     )
     return model, processor
 
@@ -230,7 +238,7 @@ def check_start(recipe: Recipe) -> None:
 
 
 def _train(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
-    model, processor = build_model(recipe.model)
+    model, processor = build_model(recipe.model, missing_color(recipe.data))
     counts = prepare_parts(model, recipe)
     if changes_base(model):
         model.config.language_model = None

@@ -8,10 +8,11 @@ import pytest
 
 from pointalign.config import DataSet, DataSettings
 from pointalign.data.conversations import CONVERSATION_TYPES
+from pointalign.data.household import MISSING_COLOR, load_household
 from pointalign.data.objaverse import BROKEN_OBJECTS, NumpyClouds
 from pointalign.data.pack import pack_clouds
 from pointalign.data.packed import PackedClouds
-from pointalign.data.sources import HouseholdClouds, open_training_data
+from pointalign.data.sources import HouseholdClouds, missing_color, open_training_data
 from pointalign.errors import ConfigError, DataError
 
 
@@ -184,3 +185,13 @@ def test_household_is_its_training_split():
     assert clouds[conversations.object_ids[0]].shape == (2048, 6)
     with pytest.raises(DataError, match="household has no object 'nobody'"):
         clouds["nobody"]
+
+
+def test_missing_color_is_what_the_training_clouds_have_where_there_was_none():
+    """The models of the railings have no material at all."""
+    railings = [thing for thing in load_household("train") if "pedestrianrailing" in thing.id]
+    assert len(railings) == 2
+    for thing in railings:
+        np.testing.assert_allclose(thing.points[:, 3:], np.tile(missing_color(DataSettings()), (2048, 1)), atol=1e-7)
+    assert missing_color(DataSettings()) == MISSING_COLOR
+    assert missing_color(DataSettings(source="clouds")) == (0, 0, 0)

@@ -26,6 +26,8 @@ NUM_POINTS = 2048
 # Stored xyz are integers; this one lies at distance 1 from the centre, so that half a step is 1.5e-5 of the radius.
 XYZ_SCALE = 32767
 SPLITS = ("train", "test")
+# What surfaces without material were given when the file was built, in its 256 levels.
+MISSING_COLOR = (128 / 255, 128 / 255, 128 / 255)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pointalign.data.conversations import (
     keep_fraction,
     read_conversations,
 )
-from pointalign.data.household import HOUSEHOLD_FILE, HouseholdObject, load_household
+from pointalign.data.household import HOUSEHOLD_FILE, MISSING_COLOR, HouseholdObject, load_household
 from pointalign.data.household_text import build_instructions
 from pointalign.data.objaverse import BROKEN_OBJECTS, NumpyClouds
 from pointalign.data.packed import INDEX_FILE, JOURNAL_FILE, PackedClouds
@@ -107,6 +107,14 @@ def open_training_data(settings: DataSettings, folder: Path | None = None) -> tu
     missing = sorted(object_id for object_id in kept if object_id not in clouds)
     _report_missing(missing, len(kept), settings, folder)
     return clouds, conversations.select(conversations.about(kept.difference(missing)))
+
+
+def missing_color(settings: DataSettings) -> tuple[float, float, float]:
+    """What a model trained on these clouds is shown where a cloud has no colour, rgb in [0, 1]: what was so in training.
+
+    Source: for the field's clouds black, as ModelNet40's are evaluated (Xu et al. 2024, "PointLLM", arXiv 2308.16911).
+    """
+    return MISSING_COLOR if settings.source == "household" else (0.0, 0.0, 0.0)
 
 
 def _without_broken(conversations: Conversations) -> Conversations:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import struct
 import time
 import zipfile
@@ -82,8 +85,17 @@ def circle_3mf() -> bytes:
 
 
 def big_3mf() -> bytes:
-    """A .3mf that unpacks to more than is read."""
-    return small_files.threemf("<model>" + " " * (limits.MAX_XML_BYTES + 10) + "</model>")
+    """A .3mf whose list of members says that its model unpacks to more than is read."""
+    data = bytearray(small_files.threemf())
+    struct.pack_into("<I", data, data.rindex(b"PK\x01\x02") + 24, limits.MAX_XML_BYTES + 1)
+    return bytes(data)
+
+
+def modest_3mf() -> bytes:
+    """A .3mf that says that its model unpacks to ten bytes; a million lie in it."""
+    data = bytearray(small_files.threemf("<model>" + " " * 10**6 + "</model>"))
+    struct.pack_into("<I", data, data.rindex(b"PK\x01\x02") + 24, 10)
+    return bytes(data)
 
 
 def nodes_dae(depth: int) -> bytes:
@@ -111,11 +123,11 @@ def deep_xml() -> bytes:
 
 
 def instances_glb() -> bytes:
-    """A hundred thousand times a thousand pieces."""
+    """A thousand times a thousand pieces."""
     tree, data = gltf_tree()
     tree["meshes"][0]["primitives"] *= 1000
-    tree["nodes"] = [{"mesh": 0}] * 100_000
-    tree["scenes"] = [{"nodes": list(range(100_000))}]
+    tree["nodes"] = [{"mesh": 0}] * 1000
+    tree["scenes"] = [{"nodes": list(range(1000))}]
     return small_files.glb(tree, data)
 
 
@@ -195,6 +207,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "wide.3mf": (lambda: components_3mf(3, 30), "places more than 20,000 objects"),
     "circle.3mf": (circle_3mf, "nests them too deep"),
     "unpacked.3mf": (big_3mf, "unpacks to more than 256 MiB"),
+    "modest.3mf": (modest_3mf, "cannot read .*: Bad CRC-32|is not well-formed XML"),
     "nodes.dae": (lambda: nodes_dae(40), "its scene unfolds to more than is read"),
     "circle.dae": (circle_dae, "has a node that holds itself"),
     "polygons.dae": (polygons_dae, "announces 4,000,000,000 corners"),
@@ -222,6 +235,25 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "shape.npy": (lambda: zeros_npy(10**12), "ends too early: 24000000000000 bytes are announced"),
     "header.npy": (lambda: b"\x93NUMPY\x02\x00" + struct.pack("<I", 10**9) + b"{" * 1000, "cannot read"),
 }  # fmt: skip
+
+
+# Other things under the name of a 3D file.
+STAND_INS = {
+    "pointer.glb": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "is a Git LFS pointer"),
+    "page.ply": (b"<!DOCTYPE html><html><body>404</body></html>", "is a web page"),
+    "packed.xyz": (gzip.compress(small_files.text()), "is packed; unpack it first"),
+    "packed.ply.gz": (gzip.compress(small_files.ply_cloud()), "is packed; unpack it first"),
+    "packed.obj": (bz2.compress(small_files.obj()), "is packed; unpack it first"),
+    "packed.stl": (lzma.compress(small_files.stl()), "is packed; unpack it first"),
+}
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_what_is_no_3d_file_is_told_with_what_to_do(tmp_path: Path, name: str) -> None:
+    data, message = STAND_INS[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        load_point_cloud(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -277,7 +309,7 @@ def test_what_once_broke_the_readers(path: Path) -> None:
     if isinstance(answer, PointCloud):
         assert np.isfinite(answer.array()).all()
     else:
-        assert "\n" not in str(answer)
+        assert str(answer).isprintable()
 
 
 @pytest.mark.parametrize(
@@ -289,3 +321,45 @@ def test_what_a_file_says_does_not_steer_the_terminal(tmp_path: Path, name: str)
         (tmp_path / name).write_bytes(data[:place] + b"\x1b[2J\x07" + data[place:])
         answer = answer_of(tmp_path / name)
         assert (" ".join(answer.notes) if isinstance(answer, PointCloud) else str(answer)).isprintable()
+
+
+NAME = "\x1b[2J\ud800\nname"
+
+
+def named_image(broken: bool) -> bytes:
+    tree, data = gltf_tree()
+    tree["images"][0]["name"] = NAME
+    tree["bufferViews"][3]["byteLength"] = 5 if broken else tree["bufferViews"][3]["byteLength"] - 30
+    return small_files.glb(tree, data)
+
+
+def named_extension() -> bytes:
+    tree, data = gltf_tree()
+    return small_files.glb({**tree, "extensionsRequired": [NAME]}, data)
+
+
+def named_mesh() -> bytes:
+    tree, data = gltf_tree()
+    return small_files.glb({**tree, "nodes": [{"mesh": NAME}]}, data)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("note.glb", named_image(broken=True)),
+        ("picture.glb", named_image(broken=False)),
+        ("extension.glb", named_extension()),
+        ("mesh.glb", named_mesh()),
+        ("members.npz", zipped(**{"\x1b[2J\n.npy": small_files.npy(), "b.npy": small_files.npy()})),
+        ("line\nand\x1b[2J.ply", b"ply\n"),
+        ("empty\n.ply", b""),
+    ],
+)
+def test_what_names_say_does_not_steer_the_terminal(tmp_path: Path, name: str, data: bytes) -> None:
+    """Names in JSON and in archives are quoted there, and may hold what no text file could."""
+    (tmp_path / name).write_bytes(data)
+    answer = answer_of(tmp_path / name)
+    told = " ".join(answer.notes) if isinstance(answer, PointCloud) else str(answer)
+    assert "?" in told
+    assert told.isprintable()
+    told.encode()

@@ -255,6 +255,7 @@ def test_bytes_as_vertex_colors_of_obj(tmp_path: Path) -> None:
     for full in (1, 255):
         (tmp_path / "a.obj").write_text(f"v 0 0 0 {full} 0 0\nv 1 0 0 {full} 0 0\nv 0 1 0 {full} 0 0\nf 1 2 3\n")
         cloud = load_point_cloud(tmp_path / "a.obj", n_points=50)
+        assert cloud.colors is not None
         np.testing.assert_allclose(cloud.colors, np.tile([1, 0, 0], (50, 1)), atol=1e-6)
 
 
@@ -279,6 +280,17 @@ def test_colors_of_dae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cloud = load_point_cloud(tmp_path / "a.dae", n_points=100)
     np.testing.assert_array_equal(cloud.colors, np.tile([1, 0, 0], (100, 1)))
     assert 5 <= cloud.points[:, 0].min() < 5.1
+    assert not told(cloud, "colours of vertices")
+    colored = small_files.TRIANGLES.replace("/><p>", '/><input semantic="COLOR" source="#p" offset="0"/><p>')
+    (tmp_path / "b.dae").write_bytes(small_files.dae(faces=colored))
+    cloud = load_point_cloud(tmp_path / "b.dae", n_points=100)
+    np.testing.assert_array_equal(cloud.colors, np.tile([1, 0, 0], (100, 1)))
+    assert told(cloud, "colours of vertices that lie under a material were not read")
+    (tmp_path / "c.dae").write_bytes(small_files.dae(faces=colored.replace(' material="s"', "")))
+    cloud = load_point_cloud(tmp_path / "c.dae", n_points=100)
+    assert cloud.colors is not None
+    assert np.ptp(cloud.colors) > 0
+    assert not told(cloud, "colours of vertices")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="pip install pycollada"):
         load_point_cloud(tmp_path / "a.dae")

@@ -18,6 +18,7 @@ MAX_SHOWN_BYTES = 4 * MAX_XML_BYTES
 MAX_SHOWN_NODES = 100_000
 UP_AXES = {"Y_UP": "y", "Z_UP": "z"}
 HEAD_BYTES = 2**16
+PRIMITIVES = ("triangles", "polylist", "polygons")
 
 
 def read_dae(source: Source) -> Surface:
@@ -48,6 +49,8 @@ def read_dae(source: Source) -> Surface:
         surface.add(part, source.name)
     if guard.controllers:
         surface.notes.append(f"{guard.controllers} skinned pieces were left out")
+    if guard.covered:
+        surface.notes.append("colours of vertices that lie under a material were not read")
     surface.notes += [*companions.notes, *pictures.notes]
     return surface
 
@@ -69,6 +72,14 @@ class _Guard:
         self.controllers = 0
         self.corner_counts: list[str] | None = None
         self.corners = 0
+        self.material: str | None = None
+        self.bound: set[str] = set()
+        self.colored: set[str] = set()
+
+    @property
+    def covered(self) -> bool:
+        """Whether trimesh takes a material where the vertices have colours too."""
+        return bool(self.bound & self.colored)
 
     def check(self, source: Source) -> None:
         """Read the file once.
@@ -102,6 +113,12 @@ class _Guard:
             self.controllers += 1
         elif name == "vcount":
             self.corner_counts = []
+        elif name in PRIMITIVES:
+            self.material = attributes.get("material")
+        elif name == "input" and attributes.get("semantic") == "COLOR" and self.material is not None:
+            self.colored.add(self.material)
+        elif name == "instance_material":
+            self.bound.add(attributes.get("symbol", ""))
 
     def _end(self, name: str, place: int) -> None:
         if name == "geometry":
@@ -111,6 +128,8 @@ class _Guard:
         elif name == "vcount" and self.corner_counts is not None:
             self.corners += sum(abs(int(count)) for count in "".join(self.corner_counts).split())
             self.corner_counts = None
+        elif name in PRIMITIVES:
+            self.material = None
 
     def _said(self, text: str) -> None:
         if self.corner_counts is not None:

@@ -42,16 +42,21 @@ class _Reader:
         self.document = Document(source, self.companions)
         self.surface = Surface(up="y")
         self.points: list[tuple[np.ndarray, np.ndarray | None]] = []
-        self.skipped = self.pieces = 0
+        self.skipped = 0
 
     def read(self) -> Surface:
         worlds = self._worlds()
-        for index in self._shown(worlds):
-            node = self.document.item("nodes", index)
-            if "mesh" in node:
-                mesh = self.document.item("meshes", node["mesh"])
-                for primitive in mesh["primitives"]:
-                    self._primitive(primitive, node, worlds, index)
+        nodes = {index: self.document.item("nodes", index) for index in self._shown(worlds)}
+        pieces = {
+            index: self.document.item("meshes", node["mesh"])["primitives"]
+            for index, node in nodes.items()
+            if "mesh" in node
+        }
+        if sum(map(len, pieces.values())) > MAX_PARTS:
+            raise DataError(f"{self.name} shows more than {MAX_PARTS:,} pieces; join them")
+        for index, primitives in pieces.items():
+            for primitive in primitives:
+                self._primitive(primitive, nodes[index], worlds, index)
         if self.points and not self.surface.parts:
             self.surface.points = _joined(self.points)
         elif self.points:
@@ -99,9 +104,6 @@ class _Reader:
 
     def _primitive(self, primitive: Any, node: Any, worlds: dict[int, np.ndarray], index: int) -> None:
         mode, attributes = primitive.get("mode", TRIANGLES), primitive["attributes"]
-        self.pieces += 1
-        if self.pieces > MAX_PARTS:
-            raise DataError(f"{self.name} shows more than {MAX_PARTS:,} pieces; join them")
         if mode not in (POINTS, TRIANGLES, STRIP, FAN):
             self.skipped += 1
             return

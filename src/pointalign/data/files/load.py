@@ -20,7 +20,7 @@ from pointalign.data.files.off import read_off
 from pointalign.data.files.pcd import read_pcd
 from pointalign.data.files.ply import is_mesh, read_header, read_ply_cloud
 from pointalign.data.files.ply_mesh import read_ply_mesh
-from pointalign.data.files.source import Source, failures_told, open_source
+from pointalign.data.files.source import Source, failures_told, open_source, printable
 from pointalign.data.files.stl import read_stl
 from pointalign.data.files.surface import Surface, sample_surface
 from pointalign.data.files.text import read_text
@@ -96,7 +96,7 @@ def load_point_cloud(
         else:
             cloud = read_table(content, KEPT_PER_POINT * n_points, seed, source.name, color_max)
             axis = up
-        return _finished(cloud, n_points, axis, source.name)
+        return _finished(cloud, n_points, axis, source)
 
 
 def _read(source: Source, columns: Sequence[str] | None) -> Surface | Table:
@@ -136,7 +136,7 @@ def _from_surface(surface: Surface, n_points: int, seed: int, where: str) -> Clo
     return Cloud(drawn.points[:, :3], drawn.points[:, 3:], [*notes, told])
 
 
-def _finished(cloud: Cloud, n_points: int, up: str | None, where: str) -> PointCloud:
+def _finished(cloud: Cloud, n_points: int, up: str | None, source: Source) -> PointCloud:
     """Turn up what is up, keep the digits, and cut to the points that are spread best."""
     notes, xyz = list(cloud.notes), cloud.xyz
     if up == "z":
@@ -151,10 +151,10 @@ def _finished(cloud: Cloud, n_points: int, up: str | None, where: str) -> PointC
         notes.append("moved to the origin, from ({:g}, {:g}, {:g})".format(*center))
     points = xyz.astype(np.float32)
     if not np.isfinite(points).all():
-        raise DataError(f"{where} has coordinates up to {np.abs(xyz).max():g}, beyond float32; rescale it")
+        raise DataError(f"{source.name} has coordinates up to {np.abs(xyz).max():g}, beyond float32; rescale it")
     colors = None if cloud.rgb is None else cloud.rgb.clip(0, 1).astype(np.float32)
     if len(points) > n_points:
         chosen = farthest_point_sample(torch.from_numpy(points)[None], n_points)[0].numpy()
         points, colors = points[chosen], None if colors is None else colors[chosen]
         notes.append(f"cut to {n_points:,} by farthest point sampling")
-    return PointCloud(points, colors, where, tuple(notes))
+    return PointCloud(points, colors, str(source.path or source.name), tuple(map(printable, notes)))

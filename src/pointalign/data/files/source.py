@@ -33,6 +33,15 @@ MESH_FORMATS = ("ply", "obj", "stl", "off", "glb", "gltf", "3mf", "dae")
 FORMATS = tuple(dict.fromkeys([*CLOUD_FORMATS, *MESH_FORMATS]))
 SNIFFED_BYTES = 4096
 LONGEST_REASON = 160
+# What lies under the name of a 3D file and is none, by its first bytes in small letters; and what to do about it.
+STAND_INS = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; run `git lfs pull`",
+    b"<!doctype html": "is a web page, not a 3D file; download the file itself",
+    b"<html": "is a web page, not a 3D file; download the file itself",
+    **dict.fromkeys(
+        (b"\x1f\x8b\x08", b"bzh91ay&sy", b"\xfd7zxz\0", b"7z\xbc\xaf\x27\x1c"), "is packed; unpack it first"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -99,23 +108,29 @@ def open_source(path: str | Path, format: str | None = None) -> Iterator[Source]
             none that is known.
 
     Raises:
-        DataError: when there is no such file, it is empty or too large, or its format cannot be told.
+        DataError: when there is no such file, it may not be read, is empty or too large, or its format cannot be told.
     """
-    text = str(path)
-    if text.lower().startswith(("http://", "https://", "ftp://", "file://")):
-        raise DataError(f"no address is fetched: {text}; download the file and give its path")
-    if text == "-":
+    name = printable(str(path))
+    if name.lower().startswith(("http://", "https://", "ftp://", "file://")):
+        raise DataError(f"no address is fetched: {name}; download the file and give its path")
+    if name == "-":
         with tempfile.TemporaryFile() as copy:
             _copy_bounded(sys.stdin.buffer, copy)
             yield _source(copy, "standard input", format, None)
         return
-    path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; give one 3D file")
-    if not path.is_file():
-        raise DataError(f"no 3D file at {path}; check the path")
-    with path.open("rb") as file:
-        yield _source(file, str(path), format, path)
+    with _opened(Path(path), name) as file:
+        yield _source(file, name, format, Path(path))
+
+
+def _opened(path: Path, name: str) -> BinaryIO:
+    try:
+        if path.is_dir():
+            raise DataError(f"{name} is a folder; give one 3D file")
+        if not path.is_file():
+            raise DataError(f"no 3D file at {name}; check the path")
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"cannot open {name}: {error.strerror}; check the path and who may read it") from error
 
 
 def _source(file: Any, name: str, format: str | None, path: Path | None) -> Source:
@@ -128,9 +143,12 @@ def _source(file: Any, name: str, format: str | None, path: Path | None) -> Sour
     given = (format or (path.suffix if path else "")).lower().lstrip(".")
     if format is not None and given not in FORMATS:
         raise DataError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
+    head = file.read(SNIFFED_BYTES)
+    file.seek(0)
+    for mark, told in STAND_INS.items():
+        if head.lower().startswith(mark):
+            raise DataError(f"{name} {told}")
     if given not in FORMATS:
-        head = file.read(SNIFFED_BYTES)
-        file.seek(0)
         found = sniff(head, size)
         if found is None:
             raise DataError(f"cannot tell the format of {name}; give one of {', '.join(FORMATS)}")
@@ -197,8 +215,10 @@ def failures_told(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except PointAlignError:
-        raise
+    except PointAlignError as error:
+        if str(error).isprintable():
+            raise
+        raise type(error)(printable(str(error))) from error
     except MemoryError as error:
         raise DataError(f"{name} needs more memory than there is; make it smaller or read it elsewhere") from error
     except Exception as error:
@@ -208,8 +228,13 @@ def failures_told(name: str) -> Iterator[None]:
 def reason(error: BaseException) -> str:
     """The first line of an error without what a terminal would obey, or its kind when it says nothing."""
     lines = str(error).strip().splitlines()
-    text = "".join(letter if letter.isprintable() else "?" for letter in lines[0]) if lines else type(error).__name__
+    text = printable(lines[0]) if lines else type(error).__name__
     return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "..."
+
+
+def printable(text: str) -> str:
+    """The same text with "?" for whatever a terminal would obey or could not show: names in files come from strangers."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def readable(size: int) -> str:
