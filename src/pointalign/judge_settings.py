@@ -32,6 +32,8 @@ class JudgeSettings:
     """llm: how often a request is sent again after 429, 5xx, a lost connection or a reply that cannot be read."""
     judge_batch_size: int = 8
     """hf: prompts at a time."""
+    judge_constrained: bool = False
+    """hf: only replies that can be read may be generated (a class with its index, T or F, a number); for small models."""
     judge_price_in: float | None = None
     """llm: price of a million tokens of prompts, in any currency; without both prices no cost is told."""
     judge_price_out: float | None = None

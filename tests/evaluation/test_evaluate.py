@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -80,7 +81,7 @@ def test_the_last_line_and_the_files(
         assert text in report
     for figure in ("answers", "confusion", "classes"):
         assert (tmp_path / "out" / "own-classification" / "likelihood" / f"{figure}.png").stat().st_size > 10_000
-    assert "own-classification | likelihood |" in Path(told["report"]).read_text()
+    assert "own-classification/likelihood/report.md) | likelihood |" in Path(told["report"]).read_text()
 
 
 def test_the_likelihoods_judge_and_rank(tiny_model: Path, own: Path, tmp_path: Path) -> None:
@@ -115,6 +116,19 @@ def test_a_second_run_asks_nothing_and_another_judge_reads_the_same_answers(
     assert raw == {path: path.read_bytes() for path in (tmp_path / "out").rglob("raw/*")}
     with pytest.raises(DataError, match="holds 2 results"):
         read_results(tmp_path / "out")
+    rows = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "| [own-" in line]
+    assert [row.split(" | ")[1] for row in rows] == ["likelihood", "match"], "the overview keeps earlier judges"
+
+
+def test_the_overview_leaves_out_what_another_model_left_in_the_folder(
+    tiny_model: Path, other_model: Path, own: Path, tmp_path: Path
+) -> None:
+    evaluate(other_model, tmp_path / "out", own_settings(own, judge="match"))
+    shutil.rmtree(tmp_path / "out" / "own-classification" / "raw")
+    evaluate(tiny_model, tmp_path / "out", own_settings(own, judge="likelihood"))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.count("| [own-") == 1
+    assert "| likelihood |" in report
 
 
 def test_answers_of_another_model_prompt_or_cloud_are_refused(

@@ -56,12 +56,12 @@ def test_numbers_as_people_read_them() -> None:
 
 def test_an_overview_without_a_number_says_so(tmp_path: Path) -> None:
     metrics = {"simcse": {"absent": "no Hub"}}
-    result = {"judge": None, "n": 2, "invalid": 0, "metrics": metrics, "results": str(tmp_path / "x" / "results.json")}
-    write_overview(tmp_path / "report.md", "m", {"own-captioning": result}, {"modelnet40": "no file | there"})
+    numbers = {"judge": None, "n": 2, "invalid": 0, "metrics": metrics, "results": str(tmp_path / "x" / "results.json")}
+    result = {"benchmark": "own-captioning", **numbers}
+    write_overview(tmp_path / "report.md", "m", [result], {"modelnet40": "no file | there"})
     report = (tmp_path / "report.md").read_text()
-    assert "| own-captioning | - | - | 2 | 0 |" in report
+    assert "| [own-captioning](x/report.md) | - | - | 2 | 0 |" in report
     assert "* modelnet40: no file \\| there" in report
-    assert "[own-captioning](x/report.md)" in report
 
 
 def test_of_too_many_classes_the_most_frequent_are_drawn(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -35,17 +35,18 @@ def published_results() -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def paper_table(results: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
+def paper_table(results: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     """Our results in the layout of the paper's table, with the published rows, as Markdown; one table per judge.
 
     Args:
-        results: by benchmark, as `evaluate` writes them; those that are not in the paper's table are passed over.
+        results: as `evaluate` writes them, any number by benchmark and judge; those that are not in the paper's table are
+            passed over.
         name: of our model.
 
     Returns:
         Lines; none when no result belongs in the table.
     """
-    ours = {name: result for name, result in results.items() if name in IN_THE_TABLE}
+    ours = [result for result in results if result["benchmark"] in IN_THE_TABLE]
     if not ours:
         return []
     main = published_results()["main"]
@@ -53,11 +54,11 @@ def paper_table(results: Mapping[str, Mapping[str, Any]], name: str) -> list[str
     for model, values in main["rows"].items():
         lines.append(f"| {model} | {' | '.join(f'{value:.2f}' for value in values)} |")
     notes: list[str] = []
-    for judge in dict.fromkeys(result["judge"] for result in ours.values()):
+    for judge in dict.fromkeys(result["judge"] for result in ours):
         told = f"Judge {judge}, ours" if judge else "No judge, ours"
-        cells = _cells(ours, judge, notes)
+        cells = _cells({result["benchmark"]: result for result in ours if result["judge"] == judge}, notes)
         lines += ["", f"{told}:", "", *_header(), f"| {name} | {' | '.join(cells)} |"]
-    sizes = ", ".join(f"{name} {result['n']}" for name, result in ours.items())
+    sizes = ", ".join(dict.fromkeys(f"{result['benchmark']} {result['n']}" for result in ours))
     told = (
         f"In brackets, 95 % intervals. Objects: {sizes}; published {main['n']['modelnet40']} and {main['n']['objaverse']}. "
         "Accuracies compare only with those of the same judge and prompts."
@@ -69,13 +70,13 @@ def _header() -> list[str]:
     return [f"| model | {' | '.join(COLUMNS.values())} |", f"| --- |{' ---: |' * len(COLUMNS)}"]
 
 
-def _cells(results: Mapping[str, Mapping[str, Any]], judge: str | None, notes: list[str]) -> list[str]:
-    """One cell per column; what was not measured, or by another judge, is a dash."""
+def _cells(results: Mapping[str, Mapping[str, Any]], notes: list[str]) -> list[str]:
+    """One cell per column from one judge's results by benchmark; what was not measured is a dash."""
     cells = dict.fromkeys(COLUMNS, "-")
     accuracies = []
     for benchmark, prefix in CLASSIFICATION.items():
         result = results.get(benchmark)
-        if result is None or result["judge"] != judge:
+        if result is None:
             continue
         for key, asked in result["questions"].items():
             if asked["accuracy"] is not None:
@@ -84,7 +85,7 @@ def _cells(results: Mapping[str, Mapping[str, Any]], judge: str | None, notes: l
     if len(accuracies) == 2 * len(CLASSIFICATION):
         cells["classification_mean"] = f"{sum(accuracies) / len(accuracies):.2f}"
     captions = results.get(CAPTIONING)
-    if captions is not None and captions["judge"] == judge:
+    if captions is not None:
         if captions.get("score") is not None:
             cells["caption_judge"] = _cell(captions["score"], captions["interval"], 1)
         for column, metric in EMBEDDED.items():

@@ -51,7 +51,7 @@ def write_report(folder: Path, result: Mapping[str, Any], benchmark: Benchmark) 
         draw_confusion(labels, [row["predicted"] for row in result["objects"]], folder / CONFUSION, title)
         draw_class_accuracy(labels, right, folder / CLASSES, title)
         lines += ["", "## Classes", "", f"![accuracy by class]({CLASSES})", "", f"![confusion]({CONFUSION})"]
-    table = paper_table({result["benchmark"]: result}, cell(result["model"]))
+    table = paper_table([result], cell(result["model"]))
     if table:
         lines += ["", "## Beside the published results", "", *table]
     sheet = _sheet(result, benchmark)
@@ -200,15 +200,13 @@ def _provenance(values: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def write_overview(
-    path: Path, model: str, results: Mapping[str, Mapping[str, Any]], skipped: Mapping[str, str]
-) -> None:
-    """Write the report over all benchmarks of an evaluation.
+def write_overview(path: Path, model: str, results: Sequence[Mapping[str, Any]], skipped: Mapping[str, str]) -> None:
+    """Write the report over all benchmarks and judges of an evaluation.
 
     Args:
         path: Markdown file to write.
         model: its name.
-        results: by benchmark.
+        results: each with the file that holds it (`results`), in the order of the table.
         skipped: why others were left out, by name.
     """
     lines = [
@@ -217,21 +215,16 @@ def write_overview(
         "| benchmark | judge | result (95 % interval) | n | invalid |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
-    for name, result in results.items():
-        invalid = result.get("invalid", "")
-        lines.append(
-            f"| {name} | {cell(result.get('judge') or '-')} | {_headline(result)} | {result['n']} | {invalid} |"
-        )
+    for result in results:
+        benchmark = f"[{result['benchmark']}]({Path(result['results']).parent.relative_to(path.parent)}/report.md)"
+        judge, invalid = cell(result.get("judge") or "-"), result.get("invalid", "")
+        lines.append(f"| {benchmark} | {judge} | {_headline(result)} | {result['n']} | {invalid} |")
     table = paper_table(results, cell(model))
     if table:
         lines += ["", "## Beside the published results", "", *table]
     if skipped:
         lines += ["", "## Left out", "", *(f"* {name}: {cell(reason)}" for name, reason in skipped.items())]
-    links = [
-        f"[{name}]({Path(result['results']).parent.relative_to(path.parent)}/report.md)"
-        for name, result in results.items()
-    ]
-    write_text(path, "\n".join([*lines, "", f"In detail: {', '.join(links)}."]) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _headline(result: Mapping[str, Any]) -> str:

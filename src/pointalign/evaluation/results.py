@@ -22,6 +22,7 @@ from pointalign.evaluation.text_metrics import caption_metrics
 RESULTS_FILE = "results.json"
 
 Row = dict[str, Any]
+Result = Mapping[str, Any]
 
 
 def judge_question(
@@ -179,3 +180,28 @@ def read_results(path: str | Path) -> dict[str, Any]:
     except (ValueError, AttributeError) as error:
         raise DataError(f"{file} is not a result of `pointalign evaluate` ({error}); give another file") from error
     return {**values, "file": str(file)}
+
+
+def with_earlier(folder: Path, results: Sequence[Result]) -> list[Result]:
+    """An evaluation's results and those that earlier runs of the same model left in its folder, by other judges for instance.
+
+    Args:
+        folder: of the evaluation.
+        results: of this run, each with the file that holds it (`results`).
+
+    Returns:
+        All of them with their file, ordered by it.
+    """
+    known = {str(result["results"]): result for result in results}
+    hashes = {_model_hash(result) for result in results}
+    for file in sorted(folder.rglob(RESULTS_FILE)):
+        if str(file) not in known:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if _model_hash(found) in hashes:
+                known[str(file)] = {**found, "results": str(file)}
+    return [known[name] for name in sorted(known)]
+
+
+def _model_hash(result: Result) -> str:
+    told = result["provenance"]
+    return told["model"] if "model" in told else next(iter(told["answers"].values()))["model"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +23,7 @@ from pointalign.evaluation.processes import Processes, joined_processes
 from pointalign.evaluation.provenance import environment
 from pointalign.evaluation.records import Judge
 from pointalign.evaluation.report import write_overview, write_report
-from pointalign.evaluation.results import RESULTS_FILE, join_questions, judge_question
+from pointalign.evaluation.results import RESULTS_FILE, join_questions, judge_question, with_earlier
 from pointalign.evaluation.retention_run import evaluate_retention
 from pointalign.judge_settings import JudgeName
 from pointalign.progress import progress, say
@@ -52,10 +53,10 @@ def evaluate(model: str | Path, out: str | Path, settings: EvaluationSettings | 
     plan = make_plan(settings.benchmarks, settings.judge, settings.sources, settings.limit)
     check_baseline(model, plan, settings)
     # A judge that cannot be had is told of before hours of answering.
-    for name in {planned.judge for planned in plan.planned} & set(get_args(JudgeName)):
-        build_judge(name, **settings.judge_options)  # pyright: ignore[reportArgumentType]
+    needed = {planned.judge for planned in plan.planned} & set(get_args(JudgeName))
+    judges = {name: build_judge(name, **settings.judge_options) for name in needed}  # pyright: ignore[reportArgumentType]
     with quiet_transformers(), joined_processes() as processes:
-        results = _answer_and_judge(model, folder, plan, settings, processes) if plan.planned else {}
+        results = _answer_and_judge(model, folder, plan, settings, judges, processes) if plan.planned else {}
         if not processes.is_first:
             return {}
     if plan.retention:
@@ -67,7 +68,7 @@ def evaluate(model: str | Path, out: str | Path, settings: EvaluationSettings | 
             plan.skipped[RETENTION] = str(error)
     for name, reason in plan.skipped.items():
         say(f"skipped {name}: {reason}")
-    write_overview(folder / "report.md", str(model), results, plan.skipped)
+    write_overview(folder / "report.md", str(model), with_earlier(folder, list(results.values())), plan.skipped)
     told = {name: told_numbers(result) for name, result in results.items()}
     classified = [numbers for numbers in told.values() if "accuracy" in numbers]
     return {
@@ -82,7 +83,9 @@ def evaluate(model: str | Path, out: str | Path, settings: EvaluationSettings | 
 def default_out(model: str) -> Path:
     """Where an evaluation goes when nobody says: beside a model's folder, else under runs by the Hub id."""
     folder = Path(model)
-    return folder.parent / "evaluation" if folder.is_dir() else Path("runs") / "evaluation" / re.sub("[/:]", "--", model)
+    return (
+        folder.parent / "evaluation" if folder.is_dir() else Path("runs") / "evaluation" / re.sub("[/:]", "--", model)
+    )
 
 
 def told_numbers(result: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +98,12 @@ def told_numbers(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer_and_judge(
-    name: str | Path, folder: Path, plan: Plan, settings: EvaluationSettings, processes: Processes
+    name: str | Path,
+    folder: Path,
+    plan: Plan,
+    settings: EvaluationSettings,
+    judges: Mapping[str, Judge],
+    processes: Processes,
 ) -> dict[str, dict[str, Any]]:
     raw, device = _answers(name, folder, plan, settings, processes)
     processes.wait()
@@ -104,7 +112,7 @@ def _answer_and_judge(
     machine = environment(device, processes.world)
     results = {}
     for name, answers in raw.items():
-        result = judge_all(answers, machine)
+        result = judge_all(answers, judges, machine)
         if result is not None:
             results[name] = result
     return results
@@ -127,11 +135,12 @@ def _answers(
     return {answers.benchmark.name: answers for answers in raw}, device
 
 
-def judge_all(raw: RawAnswers, machine: dict[str, Any]) -> dict[str, Any] | None:
+def judge_all(raw: RawAnswers, judges: Mapping[str, Judge], machine: dict[str, Any]) -> dict[str, Any] | None:
     """Write a benchmark's answers files and, unless nobody is to judge, its result and report.
 
     Args:
         raw: the model's answers.
+        judges: those that read answers, by the names that the plan gives them.
         machine: what they were made on.
 
     Returns:
@@ -147,7 +156,7 @@ def judge_all(raw: RawAnswers, machine: dict[str, Any]) -> dict[str, Any] | None
     numbers, rows, judge = {}, [], None
     embedders = raw.settings.embedders or benchmark.embedders
     for question in benchmark.questions:
-        judge = _build_judge(raw, question)
+        judge = _choose_judge(raw, judges, question)
         told = f"{benchmark.name}: {'judging by ' + judge.name if judge else 'measuring'} ({question.key})"
         with progress(told, len(benchmark.items)) as advance:
             made, answers = raw.answers[question.key].rows(), collected[question.key]
@@ -173,13 +182,11 @@ def judge_all(raw: RawAnswers, machine: dict[str, Any]) -> dict[str, Any] | None
     return {**result, "results": str(target / RESULTS_FILE)}
 
 
-def _build_judge(raw: RawAnswers, question: Question) -> Judge | None:
-    if raw.judge_name == METRICS:
-        return None
+def _choose_judge(raw: RawAnswers, judges: Mapping[str, Judge], question: Question) -> Judge | None:
     if raw.judge_name == LikelihoodJudge.name:
         rows = raw.scores[question.key].rows()
         return LikelihoodJudge({object_id: row["log_likelihoods"] for object_id, row in rows.items()})
-    return build_judge(raw.judge_name, **raw.settings.judge_options)  # pyright: ignore[reportArgumentType]
+    return judges.get(raw.judge_name)
 
 
 def judge_folder(name: str) -> str:

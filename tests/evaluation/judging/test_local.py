@@ -12,8 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pointalign.errors import CheckpointError, ConfigError
-from pointalign.evaluation.judging import build_judge, judge_answers, local
-from pointalign.evaluation.records import Task
+from pointalign.evaluation.judging import build_judge, judge_answers, load_task, local
+from pointalign.evaluation.judging.prompts import admissible_replies
+from pointalign.evaluation.records import Task, TaskKind
 
 CAPTIONING = Task("captioning")
 
@@ -77,6 +78,32 @@ def judge_file_answers(path: Path) -> Any:
     from pointalign.evaluation.records import read_answers
 
     return read_answers(path).results
+
+
+@pytest.mark.parametrize("kind", ["closed-set", "open-vocabulary", "captioning"])
+def test_a_constrained_judge_gives_only_replies_that_can_be_read(
+    kind: TaskKind, folder: Path, captions_file: Path, peer_file: Path, tmp_path: Path
+) -> None:
+    task = load_task("closed-set", "modelnet40") if kind == "closed-set" else Task(kind)
+    answers = peer_file if kind == "closed-set" else captions_file
+    free = judge_answers(answers, task, judge_for(folder), tmp_path / "free.json")
+    judge = judge_for(folder, judge_constrained=True)
+    constrained = judge_answers(answers, task, judge, tmp_path / "constrained.json")
+    assert free["invalid"] > 0
+    assert constrained["invalid"] == 0
+    assert constrained["judge"] == free["judge"] + ", constrained"
+    given = {reply for reply in replies(tmp_path / "constrained.json") if reply is not None}
+    assert given <= set(admissible_replies(task))
+
+
+def test_of_the_admissible_replies_the_model_chooses_token_by_token(folder: Path) -> None:
+    judge = judge_for(folder, judge_constrained=True)
+    judge.prepare(Task("open-vocabulary"), [])
+    model, tokenizer = judge._load()
+    logits = model(torch.tensor([tokenizer(local._as_turn(tokenizer, "Same?"), add_special_tokens=False)["input_ids"]]))
+    t, f = (int(tokenizer(letter, add_special_tokens=False)["input_ids"][0]) for letter in "TF")
+    better = "T" if logits.logits[0, -1, t] > logits.logits[0, -1, f] else "F"
+    assert [reply.text for reply in judge._generate(["Same?"])] == [better]
 
 
 def test_a_run_that_is_killed_goes_on_with_the_same_batches(

@@ -40,7 +40,13 @@ def build_judge(name: JudgeName, **options: Any) -> Judge:
         from pointalign.evaluation.judging.local import LocalJudge
 
         prompts = load_prompts(settings.judge_prompt)
-        return LocalJudge(settings.judge_model, prompts, settings.judge_max_tokens, settings.judge_batch_size)
+        return LocalJudge(
+            settings.judge_model,
+            prompts,
+            settings.judge_max_tokens,
+            settings.judge_batch_size,
+            settings.judge_constrained,
+        )
     if name == "llm":
         return _endpoint_judge(settings)
     raise ConfigError(f"there is no judge {name!r}; choose {', '.join(get_args(JudgeName))}")

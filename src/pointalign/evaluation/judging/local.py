@@ -12,8 +12,9 @@ import torch
 from pointalign.device import native_bf16
 from pointalign.errors import ConfigError
 from pointalign.evaluation.judging.prompted import PromptedJudge
-from pointalign.evaluation.judging.prompts import JudgePrompts
+from pointalign.evaluation.judging.prompts import JudgePrompts, admissible_replies
 from pointalign.evaluation.judging.replies import Reply
+from pointalign.evaluation.records import Answer, Task
 from pointalign.models.language_model import load_language_model, load_tokenizer, resolve_language_model
 
 
@@ -27,6 +28,8 @@ class LocalJudge(PromptedJudge):
         prompts: one per task.
         max_tokens: longest reply.
         batch_size: prompts at a time.
+        constrained: generate only replies that can be read, see `admissible_replies`. Whether they mean anything is another
+            question: hold them against `match`.
 
     Raises:
         ConfigError: when no model is named.
@@ -34,7 +37,14 @@ class LocalJudge(PromptedJudge):
 
     kind = "hf"
 
-    def __init__(self, model: str | None, prompts: JudgePrompts, max_tokens: int = 128, batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        model: str | None,
+        prompts: JudgePrompts,
+        max_tokens: int = 128,
+        batch_size: int = 8,
+        constrained: bool = False,
+    ) -> None:
         if not model:
             raise ConfigError("the hf judge needs a model; give --judge-model NAME, a Hub id or a folder")
         if max_tokens < 1:
@@ -44,17 +54,31 @@ class LocalJudge(PromptedJudge):
         self.precision = "bfloat16" if native_bf16() else "float32"
         self.source = resolve_language_model(model)
         self.weights = _fingerprint(self.source)
+        self.constrained = constrained
+        self.choices: tuple[str, ...] = ()
         self._loaded: tuple[Any, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """As of every prompted judge; constrained replies do not compare with free ones."""
+        return super().name + (", constrained" if self.constrained else "")
 
     def details(self) -> dict[str, Any]:
         """What a report states of the judge: model, weights, precision, prompt."""
-        settings = {"weights": self.weights, "precision": self.precision, "max_tokens": self.max_tokens}
-        return {**super().details(), **settings}
+        return {**super().details(), **self._settings()}
 
     def request(self, prompt: str) -> dict[str, Any]:
         """All that the reply to a prompt depends on, but for rounding, which depends on the batch and the machine."""
-        settings = {"weights": self.weights, "precision": self.precision, "max_tokens": self.max_tokens}
-        return {"model": self.model, "prompt": prompt, **settings}
+        choices = {"choices": self.choices} if self.choices else {}
+        return {"model": self.model, "prompt": prompt, **self._settings(), **choices}
+
+    def _settings(self) -> dict[str, Any]:
+        return {"weights": self.weights, "precision": self.precision, "max_tokens": self.max_tokens}
+
+    def prepare(self, task: Task, answers: Sequence[Answer]) -> tuple[list[str | None], dict[str, Reply]]:
+        """The prompt about each answer, and the replies there are, to which the admissible replies of the task belong."""
+        self.choices = admissible_replies(task) if self.constrained else ()
+        return super().prepare(task, answers)
 
     def ask(self, prompts: Sequence[str], known: Mapping[str, Reply], keep: Callable[[str, Reply], None]) -> None:
         """Generate the replies that are not known yet.
@@ -93,6 +117,7 @@ class LocalJudge(PromptedJudge):
             top_k=None,
             max_new_tokens=self.max_tokens,
             pad_token_id=tokenizer.pad_token_id,
+            prefix_allowed_tokens_fn=_allowed_tokens(tokenizer, self.choices, length) if self.choices else None,
         )[:, length:]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompt_tokens = encoded["attention_mask"].sum(dim=1).tolist()
@@ -128,6 +153,18 @@ def _as_turn(tokenizer: Any, prompt: str) -> str:
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
+
+
+def _allowed_tokens(tokenizer: Any, choices: Sequence[str], length: int) -> Callable[[int, Any], list[int]]:
+    """Which tokens may follow, so that a reply after a prompt of so many tokens is one of the choices and ends there."""
+    after: dict[tuple[int, ...], set[int]] = {}
+    for choice in choices:
+        ids = (*tokenizer(choice, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+        for position, token in enumerate(ids):
+            after.setdefault(ids[:position], set()).add(token)
+    allowed = {begun: sorted(tokens) for begun, tokens in after.items()}
+    # A row that has ended is padded while others go on.
+    return lambda row, ids: allowed.get(tuple(ids[length:].tolist()), [tokenizer.pad_token_id])
 
 
 def _fingerprint(source: str) -> str | None:

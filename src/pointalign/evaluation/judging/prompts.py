@@ -28,7 +28,9 @@ CLASS_REPLY = re.compile(r"\s*(-?\d+)\s*#\s*([^#\n]+?)\s*(?:#|\n|\Z)")
 SAME_REPLY = re.compile(r"\s*([TF])\s*(?:[#.,:;\n]|\Z)")
 SCORE_REPLY = re.compile(r"\s*(\d{1,3}(?:\.\d+)?)\s*(?:%|/\s*100)?\s*(?:#|\n|\Z)")
 NO_INDEX = -1
+NO_CLASS = "none"
 BEST_SCORE = 100
+SCORE_STEP = 5
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,15 @@ def load_prompts(path: str | None = None) -> JudgePrompts:
 def numbered(labels: tuple[str, ...]) -> str:
     """The classes with their indices, one per line."""
     return "\n".join(f"{index}: {label}" for index, label in enumerate(labels))
+
+
+def admissible_replies(task: Task) -> tuple[str, ...]:
+    """Every reply without a reason that `read_reply` can read; scores in steps of 5."""
+    if task.kind == "closed-set":
+        return (*(f"{index}#{label}" for index, label in enumerate(task.labels)), f"{NO_INDEX}#{NO_CLASS}")
+    if task.kind == "open-vocabulary":
+        return ("T", "F")
+    return tuple(map(str, range(0, BEST_SCORE + 1, SCORE_STEP)))
 
 
 def read_reply(task: Task, answer: Answer, text: str) -> Verdict:
