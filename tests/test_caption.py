@@ -75,7 +75,7 @@ def test_every_input_has_one_line_and_bad_files_stop_nothing(folder: Path, capsy
     assert err.count("million weights") == 1
     assert "captions: 10/10" in err
     assert "5 errors" in err
-    assert "3 objects have no colour: filled with (0, 0, 0), as in the model's training data" in err
+    assert "3 objects have no colour: filled with (0, 0, 0), as in the model's own data" in err
 
 
 def test_batches_and_processes_caption_as_one_by_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

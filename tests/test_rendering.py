@@ -109,7 +109,7 @@ def test_with_a_model_its_points_and_its_missing_color(tmp_path: Path, processor
     np.save(tmp_path / "cloud.npy", np.random.default_rng(0).random((300, 3)))
     result = render_file(str(tmp_path / "cloud.npy"), tmp_path / "a.png", model=str(tmp_path / "model"))
     assert result["points"] == processor.num_points  # pyright: ignore[reportAttributeAccessIssue]
-    assert "no colour: filled with (0.5, 0.25, 0), as in the model's training data" in result["notes"]
+    assert "no colour: filled with (0.5, 0.25, 0), as in the model's own data" in result["notes"]
     with pytest.raises(CheckpointError):
         render_file(str(tmp_path / "cloud.npy"), tmp_path / "a.png", model=str(tmp_path / "no model"))
 

@@ -88,7 +88,7 @@ def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: R
         seconds = time.monotonic() - start
     if run.uncolored:
         filled = ", ".join(f"{value:g}" for value in answerer.processor.missing_color) if answerer else ""
-        say(f"{run.uncolored} objects have no colour: filled with ({filled}), as in the model's training data")
+        say(f"{run.uncolored} objects have no colour: filled with ({filled}), as in the model's own data")
     if run.counts["errors"]:
         say(f"{run.counts['errors']} of {len(inputs)} objects have no answer; the lines with `error` say why")
     found = {job.name: run.counts[job.name], "errors": run.counts["errors"], "earlier": earlier}

@@ -110,9 +110,9 @@ def open_training_data(settings: DataSettings, folder: Path | None = None) -> tu
 
 
 def missing_color(settings: DataSettings) -> tuple[float, float, float]:
-    """What a model trained on these clouds is shown where a cloud has no colour, rgb in [0, 1]: what was so in training.
+    """What stands for no colour in a source's clouds, rgb in [0, 1]: a model trained on them fills in the same.
 
-    Source: for the field's clouds black, as ModelNet40's are evaluated (Xu et al. 2024, "PointLLM", arXiv 2308.16911).
+    Source: for the field's clouds black, as ModelNet40's are evaluated and as PointLLM's authors advise (its issue 22).
     """
     return MISSING_COLOR if settings.source == "household" else (0.0, 0.0, 0.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,21 @@ def test_what_is_no_file(path: str, message: str) -> None:
         load_point_cloud(path)
 
 
+def test_long_reading_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pointalign.data.files.source.SHOWN_MEBIBYTES", 3)
+    monkeypatch.setattr("pointalign.data.files.source.SECONDS_UNSHOWN", 0.0)
+    line = b"v 0 0 0" + b" " * 2**10 + b"\n"
+    (tmp_path / "short.obj").write_bytes(line * 2**11)
+    (tmp_path / "long.obj").write_bytes(line * 2**12)
+    for name in ("short", "long"):
+        load_point_cloud(tmp_path / f"{name}.obj", n_points=4)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert re.match(r"reading long\.obj \(MiB\): 4/4, .* took", told[0])
+
+
 def test_settings_that_cannot_be(folder: Path) -> None:
     path = folder / "plain.npy"
     for n_points in (0, -1, 10**9):
@@ -224,7 +240,7 @@ def test_filling_missing_color() -> None:
     assert cloud.array().shape == (2, 3)
     np.testing.assert_array_equal(cloud.array((0.25, 0.5, 1)), [[0, 0, 0, 0.25, 0.5, 1]] * 2)
     filled = cloud.filled((0.25, 0.5, 1))
-    assert filled.notes == ("no colours", "no colour: filled with (0.25, 0.5, 1), as in the model's training data")
+    assert filled.notes == ("no colours", "no colour: filled with (0.25, 0.5, 1), as in the model's own data")
     assert filled.filled((0, 0, 0)) is filled
     assert filled.array().dtype == np.float32
     for wrong in ((0, 0), (0, 0, 2), (0, 0, float("nan"))):

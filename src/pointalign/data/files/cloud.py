@@ -33,7 +33,7 @@ class PointCloud:
         """The same cloud with a colour where it has none, and a note that says so.
 
         Args:
-            missing_color: rgb in [0, 1]; what the model's training data had, `processor.missing_color`.
+            missing_color: rgb in [0, 1]; what stands for none in the model's data, `processor.missing_color`.
 
         Raises:
             DataError: when missing_color is not three numbers in [0, 1].
@@ -44,7 +44,7 @@ class PointCloud:
         if color.shape != (3,) or not ((color >= 0) & (color <= 1)).all():
             raise DataError(f"a missing colour is three numbers between 0 and 1; {missing_color} is not")
         told = ", ".join(f"{value:g}" for value in color)
-        note = f"no colour: filled with ({told}), as in the model's training data"
+        note = f"no colour: filled with ({told}), as in the model's own data"
         return replace(self, colors=np.tile(color, (len(self), 1)), notes=(*self.notes, note))
 
     def array(self, missing_color: Sequence[float] | None = None) -> np.ndarray:

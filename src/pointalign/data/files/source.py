@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pointalign.errors import DataError, PointAlignError
+from pointalign.progress import progress
 
 MEBIBYTE = 2**20
 # Clouds are read in pieces, so that their size costs time and not memory.
@@ -32,6 +34,9 @@ CLOUD_FORMATS = ("ply", "pcd", "las", "laz", "npy", "npz", "xyz", "txt", "csv", 
 MESH_FORMATS = ("ply", "obj", "stl", "off", "glb", "gltf", "3mf", "dae")
 FORMATS = tuple(dict.fromkeys([*CLOUD_FORMATS, *MESH_FORMATS]))
 SNIFFED_BYTES = 4096
+# Smaller files are read at once.
+SHOWN_MEBIBYTES = 64
+SECONDS_UNSHOWN = 5.0
 LONGEST_REASON = 160
 # What lies under the name of a 3D file and is none, by its first bytes in small letters; and what to do about it.
 STAND_INS = {
@@ -122,15 +127,40 @@ def open_source(path: str | Path, format: str | None = None) -> Iterator[Source]
         yield _source(file, name, format, Path(path))
 
 
-def _opened(path: Path, name: str) -> BinaryIO:
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[BinaryIO]:
+    """Open a file, one that takes long so that it tells how far it has been read."""
     try:
         if path.is_dir():
             raise DataError(f"{name} is a folder; give one 3D file")
         if not path.is_file():
             raise DataError(f"no 3D file at {name}; check the path")
-        return path.open("rb")
+        raw = ShownFile(path, "rb")
     except OSError as error:
         raise DataError(f"cannot open {name}: {error.strerror}; check the path and who may read it") from error
+    with io.BufferedReader(raw, MEBIBYTE) as file:
+        mebibytes = file.seek(0, 2) // MEBIBYTE
+        if mebibytes < SHOWN_MEBIBYTES:
+            yield file
+            return
+        with progress(f"reading {printable(path.name)} (MiB)", mebibytes, patience=SECONDS_UNSHOWN) as raw.advance:
+            yield file
+
+
+class ShownFile(io.FileIO):
+    """A file that tells `advance` how many mebibytes more of it have been reached."""
+
+    advance: Callable[[int], None] | None = None
+    _reached = 0
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        """Read as any file does."""
+        count = super().readinto(buffer)
+        place = self.tell() // MEBIBYTE
+        if self.advance is not None and place > self._reached:
+            self.advance(place - self._reached)
+            self._reached = place
+        return count
 
 
 def _source(file: Any, name: str, format: str | None, path: Path | None) -> Source:
