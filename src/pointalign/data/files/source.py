@@ -19,7 +19,7 @@ MEBIBYTE = 2**20
 MAX_CLOUD_BYTES = 16 * 2**30
 MAX_POINTS = 500_000_000
 CHUNK_ROWS = 2**18
-# Meshes are held whole: what is binary takes two to three times its size in memory, text about twice, XML up to sixteen times.
+# Meshes are held whole: what is binary or text takes two to three times its size in memory, XML up to sixteen times.
 MAX_MESH_BYTES = 2 * 2**30
 MAX_TEXT_MESH_BYTES = 512 * MEBIBYTE
 MAX_XML_BYTES = 256 * MEBIBYTE
