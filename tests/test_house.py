@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "answering": BOTH | {"answering", "evaluation", "options"},
     "chat": BOTH | {"answering", "options"},
     "pipelines": BOTH | {"answering", "options"},
-    "probing": BOTH | {"decoder_blocks", "evaluation", "probing"},
+    "probing": BOTH | {"answering", "decoder_blocks", "evaluation", "probing"},
     "rendering": BOTH,
     "importers": BOTH | {"importers", "alignment"},  # published checkpoints hold an alignment projector too
     "parts": BOTH,

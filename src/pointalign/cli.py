@@ -129,6 +129,31 @@ class Compare:
 
 
 @dataclass
+class Probe:
+    """Tell how much class and geometry every layer of models still holds: a figure with intervals, and the numbers."""
+
+    model: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    """Folder or Hub id of a trained or imported model; give --model twice to compare two."""
+    out: Path = Path("runs/probe")
+    """Folder for the figure and the numbers."""
+    k: int = 1
+    """Neighbours of the nearest-neighbour classifier."""
+    folds: int | None = None
+    """Cross-validate over all 820 objects in so many parts; fit on 720 and score the held-out 100 when not given."""
+    limit: int | None = None
+    """Only the first objects of each split; all when not given."""
+    batch_size: int = 16
+    """Clouds at a time."""
+    seed: int = 0
+    """Of resampling and permutations."""
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.probing.run import probe
+
+        return probe(self.model, self.out, self.k, self.folds, self.limit, self.batch_size, self.seed)
+
+
+@dataclass
 class Judge:
     """Score a file of answers in the field's format, ours or a peer's, with a judge."""
 
@@ -406,6 +431,7 @@ VERBS: dict[str, Any] = {
     "train": Train,
     "evaluate": Evaluate,
     "compare": Compare,
+    "probe": Probe,
     "chat": Chat,
     "caption": Caption,
     "classify": Classify,

@@ -1,0 +1,225 @@
+"""`pointalign probe`: how much class and geometry each layer of one or several models still holds, with intervals."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pointalign.answering.loading import quiet_transformers
+from pointalign.data.household import load_household
+from pointalign.data.sources import HouseholdClouds
+from pointalign.errors import ConfigError
+from pointalign.evaluation.asking import load_model
+from pointalign.evaluation.benchmarks import INSTRUCTION
+from pointalign.evaluation.provenance import environment
+from pointalign.probing.features import LayerFeatures, extract_features
+from pointalign.probing.figure import draw_probe
+from pointalign.probing.probes import (
+    Outcome,
+    linear_class,
+    linear_decoding,
+    nearest_class,
+    outcome_difference,
+    standardized,
+)
+from pointalign.probing.similarity import (
+    NEIGHBORS,
+    Neighborhood,
+    calibrated_cknna,
+    cknna_difference,
+    neighborhood,
+)
+from pointalign.probing.targets import Targets, make_targets
+from pointalign.progress import progress, say
+from pointalign.storage import write_text
+
+GROUP, CKNNA = "group_r2", "cknna"
+PROBE_FILE, FIGURE_FILE = "probe.json", "probe.png"
+
+
+def probe(
+    models: Sequence[str],
+    out: str | Path,
+    k: int = 1,
+    folds: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Probe every layer of models on the household objects; what was read of a model before is not read again.
+
+    Args:
+        models: folders or Hub ids; with two of equal depth, the second's difference from the first is told too.
+        out: folder for `probe.json` and `probe.png`.
+        k: neighbours of the nearest-neighbour classifier.
+        folds: parts of a cross-validation over all 820 objects; None fits on the 720 training objects and scores on the 100
+            held-out ones.
+        limit: only so many objects of each split, the first ones.
+        batch_size: clouds at a time.
+        seed: of resampling and permutations.
+
+    Returns:
+        `n` scored objects, `k`, each model's `best` layer by measure, the `difference` there, and the files' names.
+
+    Raises:
+        PointAlignError: when a model cannot be loaded or read, or the settings do not fit the objects.
+    """
+    names = short_names(models)
+    if k < 1 or batch_size < 1:
+        raise ConfigError(f"--k and --batch-size are 1 or more; got {k} and {batch_size}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit} leaves no object; give 1 or more")
+    objects = [thing for split in ("train", "test") for thing in load_household(split)[:limit]]
+    targets = make_targets(objects, folds)
+    if k > min(len(fitted) for fitted, _ in targets.folds):
+        raise ConfigError(f"--k {k} is more than the objects that the probe is fitted on; give a smaller one")
+    neighbors = min(NEIGHBORS, len(targets.scored) - 1)
+    clouds = HouseholdClouds(objects)
+    measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    outcomes: list[list[dict[str, Outcome]]] = []
+    spaces: list[list[Neighborhood]] = []
+    told: dict[str, Any] = {}
+    for model, name in zip(models, names, strict=True):
+        with quiet_transformers():
+            loaded = load_model(model)
+            features = extract_features(loaded, clouds, [thing.id for thing in objects], batch_size)
+            told[name] = {"model": model, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype}
+            told["environment"] = environment(loaded.device, 1)
+            del loaded
+        own, space = [], []
+        encoder = neighborhood(standardized(*[features.point_features[targets.scored]] * 2)[0], neighbors)
+        with progress(f"probing {name}", features.depth + 1) as advance:
+            for layer in range(features.depth + 1):
+                own.append(_probe_layer(features, layer, targets, k))
+                scored = features.means[targets.scored, layer]
+                space.append(neighborhood(standardized(scored, scored)[0], neighbors))
+                advance(1)
+        measured[name] = _layers(own, seed)
+        measured[name][CKNNA] = [
+            {"layer": layer, **calibrated_cknna(near, encoder, seed)} for layer, near in enumerate(space)
+        ]
+        told[name]["point_encoder"] = {
+            measure: {"value": one.value, "interval": one.interval(seed)}
+            for measure, one in _probe(features.point_features, targets, k).items()
+        }
+        outcomes.append(own)
+        spaces.append([*space, encoder])
+    result = {
+        "models": measured,
+        "names": list(names),
+        "n": len(targets.scored),
+        "k": k,
+        "cknna_neighbors": neighbors,
+        "scored_on": "held-out objects" if folds is None else f"{folds} folds over all objects",
+        "question": INSTRUCTION,
+        "majority": {"class": _majority(targets.classes, targets), "color": _majority(targets.colors, targets)},
+        "seed": seed,
+        "provenance": told,
+        "difference": _differences(outcomes, spaces, seed),
+    }
+    folder = Path(out)
+    draw_probe(result, folder / FIGURE_FILE)
+    write_text(folder / PROBE_FILE, json.dumps(result, indent=1) + "\n")
+    return _summary(result, folder)
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """What tells models apart: their paths without the parts that all begin or end with.
+
+    Raises:
+        ConfigError: without models, or when one is named twice.
+    """
+    if not models:
+        raise ConfigError("no model is named; give --model FOLDER, twice to compare two")
+    if len(set(models)) < len(models):
+        raise ConfigError(f"{models[0]} is named twice; name different models")
+    parts = [list(Path(model).parts) for model in models]
+    if len(models) > 1:
+        for end in (0, -1):
+            while min(map(len, parts)) > 1 and len({part[end] for part in parts}) == 1:
+                for part in parts:
+                    part.pop(end)
+    return ["/".join(part).replace("//", "/") for part in parts]
+
+
+def _probe(features: np.ndarray, targets: Targets, k: int) -> dict[str, Outcome]:
+    return {
+        "knn_class": nearest_class(features, targets.classes, targets.folds, k),
+        "linear_class": linear_class(features, targets.classes, targets.folds),
+        "linear_color": linear_class(features, targets.colors, targets.folds),
+        "box_r2": linear_decoding(features, targets.box, targets.folds),
+        "heights_r2": linear_decoding(features, targets.heights, targets.folds),
+    }
+
+
+def _probe_layer(features: LayerFeatures, layer: int, targets: Targets, k: int) -> dict[str, Outcome]:
+    found = _probe(features.means[:, layer], targets, k)
+    if features.centers.shape[1]:
+        found[GROUP] = linear_decoding(features.tokens[:, layer], features.centers, targets.folds)
+    return found
+
+
+def _layers(outcomes: Sequence[Mapping[str, Outcome]], seed: int) -> dict[str, list[dict[str, Any]]]:
+    """By measure, one entry per layer."""
+    return {
+        measure: [
+            {"layer": layer, "value": one[measure].value, "interval": one[measure].interval(seed)}
+            for layer, one in enumerate(outcomes)
+        ]
+        for measure in outcomes[0]
+    }
+
+
+def _majority(labels: np.ndarray, targets: Targets) -> float:
+    """Accuracy of always answering the most frequent label of the fitted objects."""
+    right = [
+        labels[scored] == Counter(labels[fitted].tolist()).most_common(1)[0][0] for fitted, scored in targets.folds
+    ]
+    return float(np.concatenate(right).mean())
+
+
+def _differences(
+    outcomes: Sequence[Sequence[Mapping[str, Outcome]]], spaces: Sequence[Sequence[Neighborhood]], seed: int
+) -> dict[str, list[dict[str, Any]]] | None:
+    """Second model minus first, layer by layer; None unless there are two of one depth."""
+    if len(outcomes) != 2 or len(outcomes[0]) != len(outcomes[1]):
+        return None
+    first, second = outcomes
+    shared = [measure for measure in first[0] if measure in second[0]]
+    found: dict[str, list[dict[str, Any]]] = {
+        measure: [
+            {"layer": layer, **outcome_difference(before[measure], after[measure], seed)}
+            for layer, (before, after) in enumerate(zip(first, second, strict=True))
+        ]
+        for measure in shared
+    }
+    if np.array_equal(spaces[0][-1].kernel, spaces[1][-1].kernel):
+        found[CKNNA] = [
+            {"layer": layer, **cknna_difference(before, after, spaces[0][-1], seed)}
+            for layer, (before, after) in enumerate(zip(spaces[0][:-1], spaces[1][:-1], strict=True))
+        ]
+    else:
+        say("the models have different point encoders, so their CKNNA is not compared")
+    return found
+
+
+def _summary(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    best = {
+        name: {
+            measure: max(rows, key=lambda row: row["calibrated" if measure == CKNNA else "value"])
+            for measure, rows in measures.items()
+        }
+        for name, measures in result["models"].items()
+    }
+    told = {key: result[key] for key in ("n", "k", "scored_on", "majority")}
+    if result["difference"] is not None:
+        told["layers_that_differ"] = {
+            measure: [row["layer"] for row in rows if not row["inside_noise"]]
+            for measure, rows in result["difference"].items()
+        }
+    return {**told, "best": best, "figure": str(folder / FIGURE_FILE), "results": str(folder / PROBE_FILE)}
