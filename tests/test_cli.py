@@ -51,6 +51,7 @@ def test_help_names_every_verb_and_is_quick(capsys: pytest.CaptureFixture[str]) 
         "chat",
         "caption",
         "classify",
+        "demo",
         "quickstart",
         "data household",
         "import-checkpoint",

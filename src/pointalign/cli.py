@@ -15,7 +15,16 @@ from pointalign import __version__
 from pointalign.config import Recipe, load_recipe, recipe_head, recipe_names
 from pointalign.errors import PointAlignError
 from pointalign.judge_settings import JudgeName, JudgeSettings
-from pointalign.options import AS_THE_FILE_SAYS, FROM_ENVIRONMENT, GREEDY, Decoding, ManyFiles, ModelChoice, Reading
+from pointalign.options import (
+    AS_THE_FILE_SAYS,
+    FROM_ENVIRONMENT,
+    GREEDY,
+    Decoding,
+    ManyFiles,
+    ModelChoice,
+    Page,
+    Reading,
+)
 
 BenchmarkName = Literal[
     "household-classification",
@@ -274,6 +283,23 @@ class Render:
 
 
 @dataclass
+class Demo:
+    """Show a page in the browser: drop a 3D file or pick an object, see its cloud, and talk about it."""
+
+    compare: str | None = None
+    """A second model, whose answers stand beside those of the first."""
+    choice: Annotated[ModelChoice, tyro.conf.arg(name="")] = FROM_ENVIRONMENT
+    page: Annotated[Page, tyro.conf.arg(name="")] = field(default_factory=Page)
+    decoding: Annotated[Decoding, tyro.conf.arg(name="")] = GREEDY
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = AS_THE_FILE_SAYS
+
+    def run(self) -> None:
+        from pointalign.demo import serve
+
+        serve(self.choice, self.compare, self.page, self.decoding, self.reading)
+
+
+@dataclass
 class Quickstart:
     """Fine-tune a real model twice on the bundled objects, with and without alignment, and compare the two."""
 
@@ -437,6 +463,7 @@ VERBS: dict[str, Any] = {
     "classify": Classify,
     "render": Render,
     "judge": Judge,
+    "demo": Demo,
     "quickstart": Quickstart,
     "recipes": Recipes,
     "import-checkpoint": ImportCheckpoint,

@@ -115,3 +115,32 @@ class ManyFiles:
             raise ConfigError(f"workers {self.workers} is less than none; give 0 or more")
         if self.retry_errors and self.out in (None, "-"):
             raise ConfigError("retry_errors needs the file that an earlier run wrote; name it with --out")
+
+
+@dataclass(frozen=True)
+class Page:
+    """Where the web page is, and what one visitor may ask of the machine.
+
+    Raises:
+        ConfigError: when a setting is out of range.
+    """
+
+    host: str = "127.0.0.1"
+    """Address to listen at: 127.0.0.1 for this machine alone, 0.0.0.0 for everyone who can reach it."""
+    port: int | None = None
+    """Port to listen at; the first free one from 7860 on when not given."""
+    max_upload_mb: int = 64
+    """Largest file that may be dropped, in mebibytes."""
+    reading_seconds: float = 30
+    """Longest time that reading a file may take."""
+    answer_seconds: float = 120
+    """Longest time that one model may write at an answer."""
+    waiting: int = 32
+    """Visitors that may wait for an answer; more are told to try later."""
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ConfigError(f"port {self.port} is out of range; give 1 to 65535")
+        for name in ("max_upload_mb", "reading_seconds", "answer_seconds", "waiting"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} {getattr(self, name)} leaves nothing; give more than 0")

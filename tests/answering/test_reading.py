@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pointalign.answering.reader import read_cloud, receive_cloud, send_cloud
-from pointalign.answering.reading import read_clouds, reading_processes
+from pointalign.answering.reading import TimedReader, read_clouds, reading_processes
 from pointalign.data.files import PointCloud
 from pointalign.errors import DataError
 
@@ -111,3 +111,21 @@ def test_few_files_are_read_here() -> None:
     assert reading_processes(1, 4) == 1
     assert reading_processes(10_000, 0) == 0
     assert 1 <= reading_processes(10_000, None) <= 8
+
+
+def test_a_timed_reader_gives_up_on_a_slow_file_and_reads_the_next(files: list[str], tmp_path: Path) -> None:
+    np.save(tmp_path / "slow.npy", np.random.default_rng(0).random((300_000, 3)))
+    reader = TimedReader(tmp_path, 2)
+    try:
+        start = time.monotonic()
+        slow = reader.read("slow.npy", {"n_points": 200_000})  # farthest points of that many take minutes
+        assert isinstance(slow, DataError)
+        assert str(slow).startswith("slow.npy: reading it took more than 2 seconds; make the file smaller")
+        assert time.monotonic() - start < 60
+        read = reader.read("1.npy", OPTIONS)
+        assert isinstance(read, PointCloud)
+        assert read.source == "1.npy"
+        assert same(reader.read("missing.ply", OPTIONS), DataError("no 3D file at missing.ply; check the path"))
+    finally:
+        reader.close()
+    assert "any more" in str(reader.read("1.npy", OPTIONS))

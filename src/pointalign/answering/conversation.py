@@ -60,6 +60,10 @@ class Conversation:
         """Forget what was said; the cloud stays."""
         self.turns, self.forgotten, self._cache = [], 0, None
 
+    def release(self) -> None:
+        """Give back the memory of what was computed; the next question computes it again."""
+        self._cache = None
+
     def ask(self, question: str) -> Generator[str, None, None]:
         """Ask something; the answer comes piece by piece.
 

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pointalign.answering.reader import read_cloud, receive_cloud
@@ -98,18 +99,10 @@ class _Readers:
                 process.communicate()
 
     def _started(self) -> subprocess.Popen[bytes] | None:
-        code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from pointalign.answering.reader import serve; serve()"
         with self._lock:
             if self._stopping:
                 return None
-            process = subprocess.Popen(
-                [sys.executable, "-c", code, json.dumps(sys.path)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is for this process alone, which stops the others
-            )
+            process = start_reader()
             self._running.add(process)
             return process
 
@@ -122,6 +115,81 @@ class _Readers:
         with suppress(queue.Empty):
             while True:
                 self.ready.get_nowait()
+
+
+class TimedReader:
+    """Reads one file at a time in a process of its own, which ends when a file takes too long; another then takes its place.
+
+    Args:
+        folder: what paths start from; the process, and so what it says of a file, knows of no folder above.
+        seconds: that a file may take.
+    """
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.folder = folder
+        self.seconds = seconds
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = start_reader(folder)
+        self._is_up = False
+
+    def read(self, path: str, options: Mapping[str, Any]) -> PointCloud | DataError:
+        """A file's cloud, or what is wrong with the file.
+
+        Args:
+            path: from the folder on.
+            options: further arguments of `load_point_cloud`.
+        """
+        with self._lock:
+            if self._process is None:
+                return DataError(f"{path}: nothing is read any more")
+            process, late = self._process, threading.Event()
+
+            def give_up() -> None:
+                late.set()
+                process.kill()
+
+            timer = threading.Timer(self.seconds, give_up)
+            try:
+                if not self._is_up:
+                    # A file that is not there is answered at once: starting up is not the visitor's time.
+                    _asked(process, "", options)
+                    self._is_up = True
+                timer.start()
+                return _asked(process, path, options)
+            except (OSError, EOFError, ValueError):
+                told = f"reading it took more than {self.seconds:g} seconds" if late.is_set() else _ending(process)
+                self._process, self._is_up = start_reader(self.folder), False
+                return DataError(f"{path}: {told}; make the file smaller or convert it to another format")
+            finally:
+                timer.cancel()
+
+    def close(self) -> None:
+        """End the process, whatever it does; a file that is being read fails."""
+        if (process := self._process) is not None:
+            process.kill()
+        with self._lock:
+            if (process := self._process) is not None:
+                process.kill()
+                process.communicate()
+            self._process = None
+
+
+def start_reader(folder: Path | None = None) -> subprocess.Popen[bytes]:
+    """Start a process that reads files.
+
+    Args:
+        folder: what paths start from; the working folder when None.
+    """
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from pointalign.answering.reader import serve; serve()"
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", code, json.dumps([place or os.getcwd() for place in sys.path])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,  # Ctrl-C is for this process alone, which stops the others
+    )
 
 
 def _asked(process: subprocess.Popen[bytes], path: str, options: Mapping[str, Any]) -> PointCloud | DataError:
