@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "run_loop": TRAINING,
     "runs": TRAINING,
     "full_size": TRAINING | {"full_size"},
+    "sweep": TRAINING | {"conversion", "evaluation", "sweep"},
     "recipe_table": TRAINING | {"full_size"},
     # The two fronts may import anything, but inside functions, so that `pointalign --help` answers at once.
     "cli": {"", "errors", "config", "judge_settings", "options"},

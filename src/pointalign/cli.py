@@ -61,6 +61,21 @@ class Train:
 
 
 @dataclass
+class Sweep:
+    """Train and measure several arms of a recipe with several seeds, and tell their paired differences in one table."""
+
+    file: tyro.conf.Positional[Path]
+    """The sweep in YAML: base (a recipe), arms (by name what each changes), seeds; see docs/sweeps.md."""
+    out: Path | None = None
+    """Folder for the runs and the table, runs/ and the file's name when not given; run again, it goes on."""
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.sweep.run import run_sweep
+
+        return run_sweep(self.file, self.out or Path("runs") / self.file.stem)
+
+
+@dataclass
 class Evaluate:
     """Evaluate a model: its answers to the field's benchmarks, the bundled objects or your own, judged, with intervals."""
 
@@ -455,6 +470,7 @@ class Recipes:
 
 VERBS: dict[str, Any] = {
     "train": Train,
+    "sweep": Sweep,
     "evaluate": Evaluate,
     "compare": Compare,
     "probe": Probe,

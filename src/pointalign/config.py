@@ -258,6 +258,21 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     return from_dict(Recipe, _values(_find_recipe(name_or_path, Path()), ()), str(name_or_path))
 
 
+def override_recipe(recipe: Recipe, values: dict[str, Any], where: str) -> Recipe:
+    """A recipe with some of its values replaced: settings are joined key by key, lists are replaced.
+
+    Args:
+        recipe: left as it is.
+        values: as a recipe file holds them.
+        where: named in errors.
+
+    Raises:
+        ConfigError: for an unknown key or a value of the wrong kind.
+    """
+    from_dict(Recipe, values, where)
+    return from_dict(Recipe, _joined(dataclasses.asdict(recipe), values), where)
+
+
 def recipe_head(name_or_path: str | Path) -> list[str]:
     """The comment at a recipe's top, line by line: what it reproduces, and what it needs.
 

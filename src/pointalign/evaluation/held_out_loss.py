@@ -1,0 +1,80 @@
+"""Next-token loss on held-out objects: how well a model predicts the answers about clouds that it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pointalign.data.conversations import Collator, ConversationDataset, read_conversations
+from pointalign.data.household import load_household
+from pointalign.data.household_text import build_instructions
+from pointalign.data.sources import HouseholdClouds
+from pointalign.evaluation.asking import LoadedModel
+from pointalign.evaluation.ledger import Ledger
+from pointalign.progress import progress
+
+# Their eight conversations each are one batch.
+OBJECTS_AT_ONCE = 2
+LONGEST = 4096
+
+
+def held_out_loss(loaded: LoadedModel, out: Path, limit: int | None = None) -> dict[str, float]:
+    """Mean loss per answer token of each held-out object's conversations; stopped and called again, it goes on.
+
+    The conversations are of all four types, written by the rules that write the training ones.
+
+    Args:
+        loaded: the model, see `load_model`.
+        out: folder that keeps the losses.
+        limit: only so many objects, the first ones.
+
+    Returns:
+        By object id, in nats per token.
+
+    Raises:
+        DataError: when the folder holds the losses of another model.
+    """
+    objects = load_household("test")[:limit]
+    clouds = HouseholdClouds(objects)
+    ledger = Ledger(out, "loss", {"model": loaded.fingerprint, "clouds": clouds.fingerprint, "dtype": loaded.dtype})
+    by_id = {thing.id: thing for thing in objects}
+    with progress("held-out next-token loss", len(objects)) as advance:
+        ledger.fill(
+            list(by_id),
+            OBJECTS_AT_ONCE,
+            lambda number, names: _losses(loaded, [by_id[name] for name in names]),
+            advance,
+        )
+    rows = ledger.rows()
+    return {name: rows[name]["loss"] / rows[name]["tokens"] for name in by_id}
+
+
+@torch.inference_mode()
+def _losses(loaded: LoadedModel, objects: Sequence[Any]) -> list[dict[str, float]]:
+    """Summed `loss` and number of answer `tokens` of each object."""
+    model, processor = loaded.model, loaded.processor
+    points = torch.stack([processor.prepare_points(thing.points) for thing in objects]).to(loaded.device)
+    tokens = model.encode_points(points).point_tokens.cpu()
+    ready = {thing.id: {"point_tokens": row} for thing, row in zip(objects, tokens, strict=True)}
+    conversations = read_conversations(build_instructions(objects))
+    dataset = ConversationDataset(conversations, processor, ready, LONGEST)
+    batch = Collator(processor)([dataset[index] for index in range(len(dataset))])
+    del batch["alignment_mask"]
+    batch = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
+    labels, kept = batch.pop("labels"), batch["logits_to_keep"]
+    logits = model(**batch).logits
+    wanted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, kept]
+    losses = F.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none").sum(dim=1)
+    counts = (wanted != -100).sum(dim=1)
+    owners = [conversation.object_id for conversation in conversations]
+    return [
+        {
+            "loss": sum(float(loss) for loss, owner in zip(losses, owners, strict=True) if owner == thing.id),
+            "tokens": sum(int(count) for count, owner in zip(counts, owners, strict=True) if owner == thing.id),
+        }
+        for thing in objects
+    ]

@@ -1,0 +1,127 @@
+"""`pointalign sweep`: train and measure every arm and seed, repeat nothing that is done, and write one table."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pointalign.config import Recipe, to_yaml
+from pointalign.errors import ConfigError, DataError
+from pointalign.evaluation.asking import EvaluationSettings, load_model
+from pointalign.evaluation.compare import ACCURACY, object_values
+from pointalign.evaluation.held_out_loss import held_out_loss
+from pointalign.evaluation.results import read_results
+from pointalign.evaluation.run import evaluate
+from pointalign.evaluation.text_metrics import measure_name
+from pointalign.progress import say
+from pointalign.run_loop import RunStopped
+from pointalign.runs import check_start, train
+from pointalign.sentence_embedding import MINILM
+from pointalign.storage import write_text
+from pointalign.sweep.settings import load_sweep
+from pointalign.sweep.table import build_table, table_lines
+
+MEASURED_FILE, TABLE_FILE, REPORT_FILE = "measured.json", "results.json", "results.md"
+CLASSIFICATION, CAPTIONING, LOSS = "household-classification", "household-captioning", "household-loss"
+
+
+def run_sweep(file: str | Path, out: str | Path) -> dict[str, Any]:
+    """Run a sweep; stopped in any way and run again, it goes on where it was.
+
+    Args:
+        file: see `load_sweep`.
+        out: folder: ARM/seed-N is one run with its evaluation, `results.json` and `results.md` the table of all that is
+            done, written anew after each run.
+
+    Returns:
+        `runs`, `against`, the table's numbers by measure and arm, and the table's files.
+
+    Raises:
+        RunStopped: when Ctrl-C or SIGTERM stopped a training.
+        PointAlignError: for anything else expected that goes wrong.
+    """
+    folder = Path(out)
+    sweep, recipes = load_sweep(file)
+    for recipe in recipes.values():
+        check_start(recipe)
+    measured: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    # What is done is known before anything is trained, so that other settings are refused at once.
+    for key, recipe in recipes.items():
+        found = _read_measured(_run_folder(folder, key), _settings(recipe, sweep.limit))
+        if found is not None:
+            measured[key] = found
+    if measured:
+        say(f"{len(measured)} of {len(recipes)} runs are done already")
+    for number, (key, recipe) in enumerate(recipes.items(), start=1):
+        if key not in measured:
+            say(f"run {number} of {len(recipes)}: {key[0]}, seed {key[1]}")
+            measured[key] = _run(recipe, _run_folder(folder, key), sweep.limit)
+            _write_table(folder, measured, recipes, sweep.reference)
+    table = _write_table(folder, measured, recipes, sweep.reference)
+    files = {"results": str(folder / TABLE_FILE), "report": str(folder / REPORT_FILE)}
+    return {"runs": len(measured), "against": sweep.reference, "measures": table, **files}
+
+
+def _run_folder(folder: Path, key: tuple[str, int]) -> Path:
+    return folder / key[0] / f"seed-{key[1]}"
+
+
+def _settings(recipe: Recipe, limit: int | None) -> dict[str, Any]:
+    """What a run's measurements depend on."""
+    return {"recipe": hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:16], "limit": limit}
+
+
+def _read_measured(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
+    """What a finished run measured; None while it is not finished."""
+    file = folder / MEASURED_FILE
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        found, made_with = values["measures"], values["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is broken ({error}); delete it and run again") from error
+    if made_with != settings:
+        raise ConfigError(
+            f"{folder} was run with other settings than the sweep file has now; name another --out, or delete that folder"
+        )
+    return found
+
+
+def _run(recipe: Recipe, folder: Path, limit: int | None) -> dict[str, dict[str, float]]:
+    """Train one arm with one seed, and measure it on the held-out objects."""
+    try:
+        train(recipe, folder, resume=True)
+    except RunStopped as stopped:
+        done = str(stopped).partition(";")[0]
+        raise RunStopped(f"{recipe.name}, seed {recipe.seed}: {done}; give the same command again to go on") from None
+    gc.collect()  # the trainer holds the model in circles
+    model, out = folder / "model", folder / "evaluation"
+    evaluate(model, out, EvaluationSettings((CLASSIFICATION, CAPTIONING), limit=limit))
+    measures = {
+        "accuracy": object_values(read_results(out / CLASSIFICATION), ACCURACY),
+        "caption_similarity": object_values(read_results(out / CAPTIONING), measure_name(MINILM)),
+        "next_token_loss": held_out_loss(load_model(model), out / LOSS, limit),
+    }
+    content = {"settings": _settings(recipe, limit), "measures": measures}
+    write_text(folder / MEASURED_FILE, json.dumps(content, indent=1) + "\n")
+    return measures
+
+
+def _write_table(
+    folder: Path,
+    measured: Mapping[tuple[str, int], Any],
+    recipes: Mapping[tuple[str, int], Recipe],
+    reference: str,
+) -> dict[str, Any]:
+    ordered = {key: measured[key] for key in recipes if key in measured}
+    missing = [f"{arm}, seed {seed}" for arm, seed in recipes if (arm, seed) not in measured]
+    table = build_table(ordered, reference)
+    content = {"against": reference, "missing": missing, "measures": table}
+    write_text(folder / TABLE_FILE, json.dumps(content, indent=1) + "\n")
+    write_text(folder / REPORT_FILE, "\n".join(table_lines(table, reference, missing)) + "\n")
+    return table

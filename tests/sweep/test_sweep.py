@@ -1,0 +1,246 @@
+"""`pointalign sweep`: its file, its table by hand, and a whole sweep on a tiny model that is stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from pointalign.cli import main
+from pointalign.data.household import load_household
+from pointalign.data.household_text import build_instructions
+from pointalign.errors import ConfigError
+from pointalign.evaluation.asking import load_model
+from pointalign.evaluation.held_out_loss import held_out_loss
+from pointalign.sweep.run import run_sweep
+from pointalign.sweep.settings import load_sweep
+from pointalign.sweep.table import MEASURES, build_table, table_lines
+
+EXPERIMENTS = Path(__file__).parents[2] / "docs" / "experiments"
+
+
+def write_sweep(path: Path, start: Path, **changes: Any) -> Path:
+    values: dict[str, Any] = {
+        "base": "household-align",
+        "overrides": {
+            "model": {"start_from": str(start)},
+            "lora": {"rank": 2, "alpha": 4},
+            "data": {"fraction": 0.02, "max_length": 2000, "sets": [{"types": ["single_round"], "batch_size": 2}]},
+            "optimizer": {"max_steps": 3, "warmup_steps": 1, "learning_rate": "1e-2"},
+            "precision": "fp32",
+            "logging_steps": 1,
+            "report_to": [],
+        },
+        "seeds": [0],
+        "arms": {"plain": {"alignment": {"weight": 0}}, "aligned": {"alignment": {"layers": [2]}}},
+        "limit": 3,
+    }
+    path.write_text(yaml.safe_dump({**values, **changes}, sort_keys=False))
+    return path
+
+
+# The file
+
+
+def test_arms_change_the_base_key_by_key_and_seeds_come_one_after_the_other(tmp_path: Path) -> None:
+    sweep, recipes = load_sweep(write_sweep(tmp_path / "s.yaml", tmp_path, seeds=[3, 5]))
+    assert list(recipes) == [("plain", 3), ("aligned", 3), ("plain", 5), ("aligned", 5)]
+    assert sweep.reference == "plain"
+    plain, aligned = recipes["plain", 3], recipes["aligned", 5]
+    assert (plain.alignment.weight, plain.alignment.layers) == (0, [14])
+    assert (aligned.alignment.weight, aligned.alignment.layers) == (0.1, [2])
+    assert (plain.name, plain.seed, aligned.seed) == ("plain", 3, 5)
+    assert aligned.optimizer.learning_rate == 1e-2
+    assert aligned.optimizer.min_learning_rate == 1e-5, "what is not named is the base's"
+    assert plain.data == aligned.data
+
+
+def test_the_experiments_are_sweeps() -> None:
+    _, main_question = load_sweep(EXPERIMENTS / "alignment.yaml")
+    assert len(main_question) == 25
+    assert main_question["released-positions", 4].as_released
+    assert main_question["frozen-language-model", 0].trains == ["language_projection"]
+    _, grids = load_sweep(EXPERIMENTS / "alignment-grids.yaml")
+    assert {recipe.model.start_from for recipe in grids.values()} == {"runs/household-pretrain/model"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"base": "household-alin"}, "found no recipe 'household-alin'"),
+        ({"armz": {}}, "unknown key 'armz'; did you mean 'arms'?"),
+        ({"arms": {}}, "arms and seeds hold at least one each"),
+        ({"arms": {"a/b": {}}}, "the arm 'a/b' becomes a folder"),
+        ({"arms": {"a": 3}}, "arms: a holds settings of its own"),
+        (
+            {"arms": {"a": {"alignment": {"wight": 1}}}},
+            "arms: a: alignment: unknown key 'wight'; did you mean 'weight'?",
+        ),
+        ({"seeds": [1, 1]}, "a seed stands twice"),
+        ({"against": "nobody"}, "against names no arm: 'nobody'"),
+        ({"limit": 0}, "limit 0 leaves no object"),
+        ({"overrides": {"model": {"start_from": "not/there/at/all"}}}, "not/there/at/all, which is not there"),
+    ],
+)
+def test_bad_files(changes: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_sweep(tmp_path / "s.yaml", tmp_path, **changes)
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", str(file), "--out", str(tmp_path / "out")])
+    captured = capsys.readouterr()
+    assert (ended.value.code, captured.out) == (1, "")
+    assert told in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("text", "told"), [(":\n - [", "is not YAML"), ("[1]", "is no sweep"), (None, "cannot read")])
+def test_files_that_are_none(text: str | None, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        load_sweep(file)
+
+
+# The table
+
+
+def values(accuracy: list[float]) -> dict[str, dict[str, float]]:
+    return {measure: {f"o{index}": value for index, value in enumerate(accuracy)} for measure in MEASURES}
+
+
+def test_the_table_by_hand() -> None:
+    measured = {
+        ("plain", 0): values([0, 1, 0, 1]),
+        ("aligned", 0): values([1, 1, 1, 1]),
+        ("plain", 1): values([0, 0, 0, 1]),
+        ("aligned", 1): values([1, 1, 0, 1]),
+        ("alone", 2): values([1, 0, 0, 0]),
+    }
+    rows = build_table(measured, "plain")["accuracy"]
+    assert rows["plain"]["mean"] == pytest.approx(3 / 8)
+    assert (rows["plain"]["seeds"], rows["plain"]["n"]) == ([0, 1], 4)
+    assert "difference" not in rows["plain"]
+    difference = rows["aligned"]["difference"]
+    assert difference["mean"] == pytest.approx(0.5)
+    assert difference["by_seed"] == pytest.approx([0.5, 0.5])
+    assert difference["few_seeds"]
+    assert rows["alone"]["difference"] is None, "no seed in common yet"
+    lines = "\n".join(table_lines({"accuracy": rows}, "plain", ["alone, seed 3"]))
+    assert "| aligned | 87.5 (" in lines
+    assert "| +50.0 (" in lines
+    assert "+50.0, +50.0 |" in lines
+    assert "Not done yet: alone, seed 3." in lines
+
+
+def test_the_order_of_objects_in_a_file_does_not_matter() -> None:
+    turned = {measure: dict(reversed(found.items())) for measure, found in values([0, 1, 1]).items()}
+    rows = build_table({("a", 0): values([0, 1, 1]), ("b", 0): turned}, "a")["accuracy"]
+    assert rows["b"]["difference"]["interval"] == [0, 0]
+
+
+# Whole sweeps
+
+
+@pytest.fixture(scope="module")
+def start(
+    tmp_path_factory: pytest.TempPathFactory, build_model: Callable[..., Any], build_tokenizer: Callable[..., Any]
+) -> Path:
+    """A tiny checkpoint by reference to a tiny language model."""
+    from pointalign.models.processing import PointAlignProcessor
+
+    folder, model = tmp_path_factory.mktemp("start"), build_model(max_position_embeddings=4096)
+    model.language_model.save_pretrained(folder / "language_model")
+    model.config.language_model = str(folder / "language_model")
+    model.save_pretrained(folder / "model")
+    PointAlignProcessor(build_tokenizer(), num_points=48, num_point_tokens=5, min_points=8).save_pretrained(
+        folder / "model"
+    )
+    return folder / "model"
+
+
+def test_held_out_loss_by_hand(start: Path, tmp_path: Path) -> None:
+    loaded = load_model(start)
+    loaded.model.float()
+    found = held_out_loss(loaded, tmp_path / "loss", limit=3)
+    thing = load_household("test")[2]
+    total, count = 0.0, 0
+    for entry in build_instructions([thing]):
+        roles = {"human": "user", "gpt": "assistant"}
+        messages = []
+        for turn in entry["conversations"]:
+            text = turn["value"].removeprefix("<point>\n")
+            cloud = [{"type": "point_cloud"}] if text != turn["value"] else []
+            messages.append({"role": roles[turn["from"]], "content": [*cloud, {"type": "text", "text": text}]})
+        encoded = loaded.processor.encode(messages)
+        ids, labels = (torch.tensor([encoded[name]]) for name in ("input_ids", "labels"))
+        points = loaded.processor.prepare_points(thing.points)[None]
+        with torch.inference_mode():
+            logits = loaded.model(input_ids=ids, point_clouds=points).logits.float()
+        total += float(F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum"))
+        count += int((labels != -100).sum())
+    assert list(found) == [one.id for one in load_household("test")[:3]]
+    assert found[thing.id] == pytest.approx(total / count, rel=1e-4)
+    loaded.model.forward = lambda **given: pytest.fail("computed again")
+    assert held_out_loss(loaded, tmp_path / "loss", limit=3) == found
+
+
+def test_a_sweep_stopped_by_ctrl_c_goes_on_and_repeats_nothing(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POINTALIGN_CACHE", str(tmp_path / "cache"))
+    file, out = write_sweep(tmp_path / "s.yaml", start), tmp_path / "out"
+    slow = yaml.safe_load(file.read_text())
+    slow["overrides"]["optimizer"]["max_steps"] = 40
+    file.write_text(yaml.safe_dump(slow, sort_keys=False))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pointalign", "sweep", str(file), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    metrics, end = out / "plain" / "seed-0" / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.is_file():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    printed, said = process.communicate(timeout=120)
+    assert (process.returncode, printed) == (130, ""), said
+    assert "plain, seed 0: stopped at step" in said
+    assert said.splitlines()[-1].endswith("give the same command again to go on")
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", str(file), "--out", str(out)])
+    assert ended.value.code == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["runs"], told["against"]) == (2, "plain")
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 41)), "gone on with, not begun again"
+    difference = told["measures"]["next_token_loss"]["aligned"]["difference"]
+    both = [
+        json.loads((out / arm / "seed-0" / "measured.json").read_text())["measures"] for arm in ("plain", "aligned")
+    ]
+    means = [np.mean(list(found["next_token_loss"].values())) for found in both]
+    assert difference["mean"] == pytest.approx(means[1] - means[0])
+    assert difference["n"] == 3
+    assert "| aligned |" in (out / "results.md").read_text()
+    for name in ("train", "evaluate", "held_out_loss"):
+        monkeypatch.setattr(f"pointalign.sweep.run.{name}", lambda *given, **more: pytest.fail("repeated"))
+    assert run_sweep(file, out)["measures"] == told["measures"]
+    slow["overrides"]["lora"]["rank"] = 3
+    file.write_text(yaml.safe_dump(slow, sort_keys=False))
+    with pytest.raises(ConfigError, match="was run with other settings than the sweep file has now"):
+        run_sweep(file, out)
