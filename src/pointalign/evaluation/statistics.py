@@ -16,6 +16,8 @@ CONFIDENCE = 0.95
 # Resampling this few seeds shows too little of how much training varies.
 FEW_SEEDS = 5
 
+Values = Sequence[float] | np.ndarray
+
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """95 % interval of a share, for yes-or-no answers.
@@ -59,7 +61,7 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
     return _pigeonhole(data[None], np.zeros_like(data)[None], True, seed)
 
 
-def bootstrap_ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def bootstrap_ratio(numerators: Values, denominators: Values, seed: int = 0) -> tuple[float, float]:
     """95 % interval of sum(numerators) / sum(denominators) by the percentile bootstrap over pairs.
 
     Args:
@@ -76,7 +78,7 @@ def bootstrap_ratio(numerators: Sequence[float], denominators: Sequence[float], 
 
 
 def bootstrap_statistic(
-    parts: Sequence[Sequence[float]], statistic: Callable[..., np.ndarray], seed: int = 0
+    parts: Sequence[Values], statistic: Callable[..., np.ndarray], seed: int = 0
 ) -> tuple[float, float]:
     """95 % interval of a function of several means, by the percentile bootstrap over units; every draw serves all means.
 

@@ -59,7 +59,7 @@ def _draw_measure(axes: Axes, measure: str, result: Mapping[str, Any]) -> None:
         axes.plot(layers, values, color=color, marker=".", markersize=3 * width, linewidth=width, label=name)
         low, high = zip(*(row["interval"] for row in rows), strict=True)
         axes.fill_between(layers, low, high, color=color, alpha=0.18, linewidth=0)
-        reference = result["provenance"][name]["point_encoder"].get(measure)
+        reference = result["point_encoder"][name].get(measure)
         if reference is not None:
             axes.axhline(reference["value"], color=color, linestyle=":", linewidth=1.2)
         if measure == "cknna":

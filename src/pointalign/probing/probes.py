@@ -38,7 +38,7 @@ class Outcome:
 
     def interval(self, seed: int = 0) -> list[float]:
         """95 % interval of the value by the bootstrap over objects."""
-        low, high = bootstrap_ratio(self.lost, self.possible, seed)  # pyright: ignore[reportArgumentType]
+        low, high = bootstrap_ratio(self.lost, self.possible, seed)
         return [1 - high, 1 - low]
 
 
@@ -49,7 +49,7 @@ def outcome_difference(first: Outcome, second: Outcome, seed: int = 0) -> dict[s
         `difference`, its paired 95 % `interval`, and `inside_noise`.
     """
     gained = first.lost - second.lost
-    low, high = bootstrap_ratio(gained, second.possible, seed)  # pyright: ignore[reportArgumentType]
+    low, high = bootstrap_ratio(gained, second.possible, seed)
     return {
         "difference": float(gained.sum() / second.possible.sum()),
         "interval": [low, high],

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pointalign.answering.loading import quiet_transformers
-from pointalign.data.household import load_household
+from pointalign.data.household import HouseholdObject, load_household
 from pointalign.data.sources import HouseholdClouds
 from pointalign.errors import ConfigError
 from pointalign.evaluation.asking import load_model
@@ -70,6 +71,56 @@ def probe(
         PointAlignError: when a model cannot be loaded or read, or the settings do not fit the objects.
     """
     names = short_names(models)
+    objects, targets = _choose_objects(k, folds, limit, batch_size)
+    probed = [
+        _probe_model(model, name, objects, targets, k, batch_size) for model, name in zip(models, names, strict=True)
+    ]
+    result = {
+        "models": {name: _measures(one, seed) for name, one in zip(names, probed, strict=True)},
+        "n": len(targets.scored),
+        "k": k,
+        "cknna_neighbors": _neighbors(targets),
+        "scored_on": "held-out objects" if folds is None else f"{folds} folds over all objects",
+        "question": INSTRUCTION,
+        "majority": {"class": _majority(targets.classes, targets), "color": _majority(targets.colors, targets)},
+        "seed": seed,
+        "point_encoder": {
+            name: {measure: _told(outcome, seed) for measure, outcome in one.of_encoder.items()}
+            for name, one in zip(names, probed, strict=True)
+        },
+        "provenance": {
+            name: {"model": model, **one.provenance} for name, model, one in zip(names, models, probed, strict=True)
+        },
+        "difference": _differences(probed, seed),
+    }
+    folder = Path(out)
+    draw_probe(result, folder / FIGURE_FILE)
+    write_text(folder / PROBE_FILE, json.dumps(result, indent=1) + "\n")
+    return _summary(result, folder)
+
+
+@dataclass(frozen=True)
+class ProbedModel:
+    """What the probes found in one model.
+
+    Args:
+        layers: of each layer the outcomes by measure.
+        of_encoder: the outcomes of the same probes on the point encoder's features.
+        spaces: of each layer who is near whom among the scored objects.
+        encoder_space: who is near whom in the point encoder's features.
+        provenance: the model's fingerprint, its precision and the machine.
+    """
+
+    layers: list[dict[str, Outcome]]
+    of_encoder: dict[str, Outcome]
+    spaces: list[Neighborhood]
+    encoder_space: Neighborhood
+    provenance: dict[str, Any]
+
+
+def _choose_objects(
+    k: int, folds: int | None, limit: int | None, batch_size: int
+) -> tuple[list[HouseholdObject], Targets]:
     if k < 1 or batch_size < 1:
         raise ConfigError(f"--k and --batch-size are 1 or more; got {k} and {batch_size}")
     if limit is not None and limit < 1:
@@ -78,54 +129,37 @@ def probe(
     targets = make_targets(objects, folds)
     if k > min(len(fitted) for fitted, _ in targets.folds):
         raise ConfigError(f"--k {k} is more than the objects that the probe is fitted on; give a smaller one")
-    neighbors = min(NEIGHBORS, len(targets.scored) - 1)
-    clouds = HouseholdClouds(objects)
-    measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    outcomes: list[list[dict[str, Outcome]]] = []
-    spaces: list[list[Neighborhood]] = []
-    told: dict[str, Any] = {}
-    for model, name in zip(models, names, strict=True):
-        with quiet_transformers():
-            loaded = load_model(model)
-            features = extract_features(loaded, clouds, [thing.id for thing in objects], batch_size)
-            told[name] = {"model": model, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype}
-            told["environment"] = environment(loaded.device, 1)
-            del loaded
-        own, space = [], []
-        encoder = neighborhood(standardized(*[features.point_features[targets.scored]] * 2)[0], neighbors)
-        with progress(f"probing {name}", features.depth + 1) as advance:
-            for layer in range(features.depth + 1):
-                own.append(_probe_layer(features, layer, targets, k))
-                scored = features.means[targets.scored, layer]
-                space.append(neighborhood(standardized(scored, scored)[0], neighbors))
-                advance(1)
-        measured[name] = _layers(own, seed)
-        measured[name][CKNNA] = [
-            {"layer": layer, **calibrated_cknna(near, encoder, seed)} for layer, near in enumerate(space)
-        ]
-        told[name]["point_encoder"] = {
-            measure: {"value": one.value, "interval": one.interval(seed)}
-            for measure, one in _probe(features.point_features, targets, k).items()
-        }
-        outcomes.append(own)
-        spaces.append([*space, encoder])
-    result = {
-        "models": measured,
-        "names": list(names),
-        "n": len(targets.scored),
-        "k": k,
-        "cknna_neighbors": neighbors,
-        "scored_on": "held-out objects" if folds is None else f"{folds} folds over all objects",
-        "question": INSTRUCTION,
-        "majority": {"class": _majority(targets.classes, targets), "color": _majority(targets.colors, targets)},
-        "seed": seed,
-        "provenance": told,
-        "difference": _differences(outcomes, spaces, seed),
-    }
-    folder = Path(out)
-    draw_probe(result, folder / FIGURE_FILE)
-    write_text(folder / PROBE_FILE, json.dumps(result, indent=1) + "\n")
-    return _summary(result, folder)
+    return objects, targets
+
+
+def _neighbors(targets: Targets) -> int:
+    return min(NEIGHBORS, len(targets.scored) - 1)
+
+
+def _probe_model(
+    model: str, name: str, objects: Sequence[HouseholdObject], targets: Targets, k: int, batch_size: int
+) -> ProbedModel:
+    with quiet_transformers():
+        loaded = load_model(model)
+        clouds = HouseholdClouds(list(objects))
+        features = extract_features(loaded, clouds, [thing.id for thing in objects], batch_size)
+    machine = environment(loaded.device, 1)
+    provenance = {"fingerprint": loaded.fingerprint, "dtype": loaded.dtype, "environment": machine}
+    del loaded  # the features are all that is needed
+    layers, spaces = [], []
+    with progress(f"probing {name}", features.depth + 1) as advance:
+        for layer in range(features.depth + 1):
+            layers.append(_probe_layer(features, layer, targets, k))
+            spaces.append(_space(features.means[:, layer], targets))
+            advance(1)
+    of_encoder = _probe(features.point_features, targets, k)
+    return ProbedModel(layers, of_encoder, spaces, _space(features.point_features, targets), provenance)
+
+
+def _space(features: np.ndarray, targets: Targets) -> Neighborhood:
+    """Who is near whom among the scored objects, by their standardised features."""
+    scored = features[targets.scored]
+    return neighborhood(standardized(scored, scored)[0], _neighbors(targets))
 
 
 def short_names(models: Sequence[str]) -> list[str]:
@@ -164,15 +198,21 @@ def _probe_layer(features: LayerFeatures, layer: int, targets: Targets, k: int) 
     return found
 
 
-def _layers(outcomes: Sequence[Mapping[str, Outcome]], seed: int) -> dict[str, list[dict[str, Any]]]:
+def _measures(probed: ProbedModel, seed: int) -> dict[str, list[dict[str, Any]]]:
     """By measure, one entry per layer."""
-    return {
-        measure: [
-            {"layer": layer, "value": one[measure].value, "interval": one[measure].interval(seed)}
-            for layer, one in enumerate(outcomes)
-        ]
-        for measure in outcomes[0]
+    found = {
+        measure: [{"layer": layer, **_told(one[measure], seed)} for layer, one in enumerate(probed.layers)]
+        for measure in probed.layers[0]
     }
+    found[CKNNA] = [
+        {"layer": layer, **calibrated_cknna(space, probed.encoder_space, seed)}
+        for layer, space in enumerate(probed.spaces)
+    ]
+    return found
+
+
+def _told(outcome: Outcome, seed: int) -> dict[str, Any]:
+    return {"value": outcome.value, "interval": outcome.interval(seed)}
 
 
 def _majority(labels: np.ndarray, targets: Targets) -> float:
@@ -183,25 +223,23 @@ def _majority(labels: np.ndarray, targets: Targets) -> float:
     return float(np.concatenate(right).mean())
 
 
-def _differences(
-    outcomes: Sequence[Sequence[Mapping[str, Outcome]]], spaces: Sequence[Sequence[Neighborhood]], seed: int
-) -> dict[str, list[dict[str, Any]]] | None:
+def _differences(probed: Sequence[ProbedModel], seed: int) -> dict[str, list[dict[str, Any]]] | None:
     """Second model minus first, layer by layer; None unless there are two of one depth."""
-    if len(outcomes) != 2 or len(outcomes[0]) != len(outcomes[1]):
+    if len(probed) != 2 or len(probed[0].layers) != len(probed[1].layers):
         return None
-    first, second = outcomes
-    shared = [measure for measure in first[0] if measure in second[0]]
+    first, second = probed
     found: dict[str, list[dict[str, Any]]] = {
         measure: [
             {"layer": layer, **outcome_difference(before[measure], after[measure], seed)}
-            for layer, (before, after) in enumerate(zip(first, second, strict=True))
+            for layer, (before, after) in enumerate(zip(first.layers, second.layers, strict=True))
         ]
-        for measure in shared
+        for measure in first.layers[0]
+        if measure in second.layers[0]
     }
-    if np.array_equal(spaces[0][-1].kernel, spaces[1][-1].kernel):
+    if np.array_equal(first.encoder_space.kernel, second.encoder_space.kernel):
         found[CKNNA] = [
-            {"layer": layer, **cknna_difference(before, after, spaces[0][-1], seed)}
-            for layer, (before, after) in enumerate(zip(spaces[0][:-1], spaces[1][:-1], strict=True))
+            {"layer": layer, **cknna_difference(before, after, first.encoder_space, seed)}
+            for layer, (before, after) in enumerate(zip(first.spaces, second.spaces, strict=True))
         ]
     else:
         say("the models have different point encoders, so their CKNNA is not compared")
