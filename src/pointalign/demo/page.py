@@ -80,6 +80,7 @@ class PageBuilder:
             address=ADDRESS,
             endings=FORMATS_TAKEN,
             most=most,
+            largest=readable(most),
             limits=f"{FORMATS_TAKEN.replace(',', ' ')}, up to {readable(most)}",
         )
         with gr.Row(elem_id="object-row"):
@@ -111,6 +112,7 @@ class PageBuilder:
         with gr.Row(elem_id="ask-row"):
             self.question = gr.Textbox(
                 placeholder="What is this?",
+                label="Question",
                 show_label=False,
                 container=False,
                 max_length=LONGEST_QUESTION,
@@ -163,7 +165,7 @@ class PageBuilder:
         other = [*asked, scored]
         self.blocks.load(lambda: self.look_at(bundled_cloud(shelf()[0])), **look)
         self.drop.upload(self.look_at_file, **look, **reading, cancels=other)
-        self.drop.error(self.tell_of_file, outputs=self.object_notice, api_visibility="private", show_progress="hidden")
+        self.drop.input(self.tell_of_file, outputs=self.object_notice, api_visibility="private", show_progress="hidden")
         self.shelf.select(self.look_at_picture, **look, cancels=other)
         self.list.input(self.look_at_listed, self.list, **look, cancels=other)
         self.turn.click(self.look_turned, self.visit, **look, cancels=other)
@@ -261,4 +263,5 @@ def appearance() -> dict[str, Any]:
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
-    return {"theme": theme, "css_paths": [FOLDER / "page.css"]}
+    # What Gradio takes as css it prefixes rule by rule, so that rules for a phone's screen miss what is outside the page's body.
+    return {"theme": theme, "head": f"<style>{asset('page.css')}</style>"}

@@ -18,7 +18,7 @@ function done() {
 function send(file) {
   if (!file) return;
   if (file.size > props.most) {
-    trigger("error", { message: `${file.name} is larger than the ${props.limits}` });
+    trigger("input", { message: `${file.name} is larger than the ${props.largest} that are taken; make it smaller` });
     input.value = "";
     return;
   }
@@ -31,11 +31,11 @@ function send(file) {
   };
   mine.onload = () => {
     if (mine.status === 200) trigger("upload", { word: mine.responseText });
-    else trigger("error", { message: mine.responseText.slice(0, 300) });
+    else trigger("input", { message: mine.responseText.slice(0, 300) });
     done();
   };
   mine.onerror = () => {
-    trigger("error", { message: `${file.name} did not arrive; try again` });
+    trigger("input", { message: `${file.name} did not arrive; try again` });
     done();
   };
   mine.open("POST", `${props.address}?name=${encodeURIComponent(file.name)}`);
