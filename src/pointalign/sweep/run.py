@@ -47,7 +47,13 @@ def run_sweep(file: str | Path, out: str | Path) -> dict[str, Any]:
     folder = Path(out)
     sweep, recipes = load_sweep(file)
     for recipe in recipes.values():
-        check_start(recipe)
+        try:
+            check_start(recipe)
+        except ConfigError:
+            raise ConfigError(
+                f"{file}: arm {recipe.name} starts from {recipe.model.start_from}, which is not there; train it first, or set "
+                "overrides: model: start_from to another"
+            ) from None
     measured: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
     # What is done is known before anything is trained, so that other settings are refused at once.
     for key, recipe in recipes.items():
