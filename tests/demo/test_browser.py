@@ -46,6 +46,9 @@ class Browser:
         self.driver = driver
 
     def open(self, address: str) -> Browser:
+        self.driver.get("about:blank")  # the page that is left logs that its connection is cut
+        for kind in ("performance", "browser"):
+            self.driver.get_log(kind)
         self.driver.get(address)
         self.wait(lambda: self.canvas.get_attribute("data-points"))
         return self
@@ -122,8 +125,6 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def browser(driver: Any, served: Served) -> Iterator[Browser]:
     """The page on a desk's screen, opened anew."""
     screen(driver, *DESKTOP)
-    driver.get_log("performance")
-    driver.get_log("browser")
     yield Browser(driver).open(served.address)
     loud = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert not [message for message in loud if "413" not in message]
@@ -149,6 +150,7 @@ def test_two_files_and_two_questions(browser: Browser, served: Served) -> None:
     assert browser.text("#chat-0 label, #chat-0 [data-testid=block-label]").strip().startswith("tiny")
     browser.drop(EXAMPLES / "oak_table.ply")
     browser.sees("oak_table.ply")
+    assert browser.find("#list input").get_attribute("value") == ""
     browser.wait(lambda: browser.messages(0) == browser.messages(1) == [])
     assert [path for path in served.temporary.rglob("*") if path.is_file()] == []
 
@@ -157,6 +159,7 @@ def test_objects_are_switched_turned_and_zoomed(browser: Browser) -> None:
     first = browser.canvas.get_attribute("data-name")
     browser.find("#shelf button[data-id=scopia-dog]").click()
     browser.sees("a sitting dog")
+    assert browser.find("#list input").get_attribute("value") == "a sitting dog"
     assert first != "a sitting dog"
     before = browser.settled()
     share = (before[..., 3] > 0).mean()

@@ -137,7 +137,8 @@ def test_turning_stands_z_up(desk: Desk) -> None:
     turned = desk.turned(visit)
     x, y, z = visit.cloud.points.T
     np.testing.assert_array_equal(turned.cloud.points, np.stack([x, z, -y], axis=1))
-    assert turned.cloud.notes[-2:] == ("turned by hand: z was up", visit.cloud.notes[-1])
+    assert visit.cloud.notes[-1].startswith("no colour: filled with")
+    assert turned.cloud.notes == (*visit.cloud.notes, "turned by hand: z was up")
 
 
 def test_models_are_called_by_name_not_by_path(models: list[Any], processor: Any, tmp_path: Path) -> None:

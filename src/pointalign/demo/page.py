@@ -142,7 +142,16 @@ class PageBuilder:
     # What happens
 
     def _connect(self) -> None:
-        shown = [self.visit, self.viewer, self.about, self.object_notice, self.talk_notice, *self.chats, *self.bars]
+        shown = [
+            self.visit,
+            self.viewer,
+            self.about,
+            self.object_notice,
+            self.talk_notice,
+            *self.chats,
+            *self.bars,
+            self.list,
+        ]
         look = {"outputs": shown, "show_progress": "hidden", "api_visibility": "private"}
         reading = {"concurrency_id": "reading", "concurrency_limit": 1}
         answering = {"concurrency_id": "answering", "concurrency_limit": 1, "api_visibility": "private"}
@@ -163,7 +172,7 @@ class PageBuilder:
             **answering,
         )
         other = [*asked, scored]
-        self.blocks.load(lambda: self.look_at(bundled_cloud(shelf()[0])), **look)
+        self.blocks.load(lambda: self.look_at_listed(shelf()[0]), **look)
         self.drop.upload(self.look_at_file, **look, **reading, cancels=other)
         self.drop.input(self.tell_of_file, outputs=self.object_notice, api_visibility="private", show_progress="hidden")
         self.shelf.select(self.look_at_picture, **look, cancels=other)
@@ -174,18 +183,23 @@ class PageBuilder:
         for clears in (self.clear.click, *(chat.clear for chat in self.chats)):
             clears(self.forget, **forget, cancels=asked)
 
-    def look_at(self, cloud: PointCloud) -> list[Update]:
-        """Show a cloud; what was said of another is forgotten."""
-        return self._shown(self.desk.visit(cloud))
+    def look_at(self, cloud: PointCloud, listed: str | None = None) -> list[Update]:
+        """Show a cloud; what was said of another is forgotten.
 
-    def _shown(self, visit: Visit) -> list[Update]:
+        Args:
+            cloud: to look at.
+            listed: its id in the list of bundled objects, where it is one of them.
+        """
+        return self._shown(self.desk.visit(cloud), gr.update(value=listed))
+
+    def _shown(self, visit: Visit, listed: Update) -> list[Update]:
         number = len(self.chats)
         hidden = [gr.update(value=None, visible=False)] * number
-        return [visit, viewer_value(visit.cloud), about_html(visit.cloud), "", "", *([[]] * number), *hidden]
+        return [visit, viewer_value(visit.cloud), about_html(visit.cloud), "", "", *([[]] * number), *hidden, listed]
 
     def _kept(self, error: PointAlignError) -> list[Update]:
         """What is shown stays; what went wrong is told."""
-        return [gr.skip(), gr.skip(), gr.skip(), notice(str(error)), *([gr.skip()] * (1 + 2 * len(self.chats)))]
+        return [gr.skip(), gr.skip(), gr.skip(), notice(str(error)), *([gr.skip()] * (2 + 2 * len(self.chats)))]
 
     def look_at_file(self, event: gr.EventData) -> list[Update]:
         """Show a file that was dropped."""
@@ -201,7 +215,7 @@ class PageBuilder:
     def look_at_listed(self, object_id: str | None) -> list[Update]:
         """Show a bundled object."""
         try:
-            return self.look_at(bundled_cloud(object_id or ""))
+            return self.look_at(bundled_cloud(object_id or ""), object_id)
         except PointAlignError as error:
             return self._kept(error)
 
@@ -209,7 +223,7 @@ class PageBuilder:
         """Show the same cloud the other way up."""
         if visit is None:
             return self._kept(NOTHING_YET)
-        return self._shown(self.desk.turned(visit))
+        return self._shown(self.desk.turned(visit), gr.skip())
 
     def tell_of_file(self, event: gr.EventData) -> str:
         """Tell why a file did not arrive."""
@@ -263,5 +277,5 @@ def appearance() -> dict[str, Any]:
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
-    # What Gradio takes as css it prefixes rule by rule, so that rules for a phone's screen miss what is outside the page's body.
+    # What Gradio takes as css it prefixes rule by rule, and rules for a phone's screen then miss the page's outer boxes.
     return {"theme": theme, "head": f"<style>{asset('page.css')}</style>"}

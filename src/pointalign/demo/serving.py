@@ -46,11 +46,13 @@ def serve(choice: ModelChoice, compare: str | None, page: Page, decoding: Decodi
     with tempfile.TemporaryDirectory(prefix="pointalign-", ignore_cleanup_errors=True) as folder, _ended_by_sigterm():
         _quiet_gradio(Path(folder))
         uploads = Uploads(Path(folder), page.max_upload_mb * MEBIBYTE)
-        with closing(TimedReader(Path(folder), page.reading_seconds)) as reader:
-            answerers = [load_answerer(name, choice.device, choice.dtype) for name in names]
-            with _opened(Desk(answerers, uploads, reader, page, decoding, reading)) as address:
-                say(f"the page is at {address} (Ctrl-C ends it)")
-                threading.Event().wait()
+        answerers = [load_answerer(name, choice.device, choice.dtype) for name in names]
+        with (
+            closing(TimedReader(Path(folder), page.reading_seconds)) as reader,
+            _opened(Desk(answerers, uploads, reader, page, decoding, reading)) as address,
+        ):
+            say(f"the page is at {address} (Ctrl-C ends it)")
+            threading.Event().wait()
 
 
 @contextmanager

@@ -117,8 +117,7 @@ class Desk:
         for answerer in self.answerers:
             answerer.prepare(cloud)
         missing = self.answerers[0].processor.missing_color
-        filled = cloud.filled(missing).notes[len(cloud.notes) :]
-        told = replace(cloud, notes=(*cloud.notes, *filled))
+        told = replace(cloud, notes=tuple(dict.fromkeys(cloud.filled(missing).notes)))
         return Visit(told, [Talk(answerer) for answerer in self.answerers])
 
     def turned(self, visit: Visit) -> Visit:
