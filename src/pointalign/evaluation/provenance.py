@@ -42,6 +42,13 @@ def model_fingerprint(name: str) -> str:
     return digest.hexdigest()[:HASH_LENGTH]
 
 
+def folder_fingerprint(folder: Path) -> str:
+    """Hash of all files of a model's folder that answering reads: the same wherever and whenever it was copied to."""
+    digest = hashlib.sha256()
+    _add_folder(digest, folder)
+    return digest.hexdigest()[:HASH_LENGTH]
+
+
 def _add_folder(digest: Any, folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.suffix in READ_ENDINGS and path.name not in NOT_READ and path.is_file():

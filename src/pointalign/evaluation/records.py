@@ -101,7 +101,7 @@ class Task:
         kind: "closed-set" (which of the labels is meant), "open-vocabulary" (same kind of object as the reference, or not)
             or "captioning" (0 to 100).
         labels: the classes' names of the closed set, by index.
-        synonyms: further names of a class, by its name.
+        synonyms: further names of a class, by its name; under the empty name the phrases that name none of the classes.
     """
 
     kind: TaskKind

@@ -145,6 +145,16 @@ def test_other_weights_are_another_judge(folder: Path, captions_file: Path, tmp_
     assert second["asked"]["replies"] == 10
 
 
+def test_a_copy_of_the_weights_is_the_same_judge(folder: Path, captions_file: Path, tmp_path: Path) -> None:
+    first = judge_answers(captions_file, CAPTIONING, judge_for(folder), tmp_path / "a.json")
+    copied = tmp_path / "elsewhere" / folder.name
+    copied.mkdir(parents=True)
+    for path in folder.iterdir():
+        (copied / path.name).write_bytes(path.read_bytes())
+    second = judge_answers(captions_file, CAPTIONING, judge_for(copied), tmp_path / "b.json")
+    assert second["judge_details"]["weights"] == first["judge_details"]["weights"]
+
+
 def test_a_model_without_a_chat_template_continues_the_prompt(
     folder: Path, build_tokenizer: Callable[..., Any], captions_file: Path, tmp_path: Path
 ) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pointalign.answering.loading import quiet_transformers
 from pointalign.device import native_bf16
 from pointalign.errors import ConfigError
 from pointalign.evaluation.judging.prompted import PromptedJudge
 from pointalign.evaluation.judging.prompts import JudgePrompts, admissible_replies
 from pointalign.evaluation.judging.replies import Reply
+from pointalign.evaluation.provenance import folder_fingerprint
 from pointalign.evaluation.records import Answer, Task
 from pointalign.models.language_model import load_language_model, load_tokenizer, resolve_language_model
 
@@ -53,7 +54,7 @@ class LocalJudge(PromptedJudge):
         self.max_tokens, self.batch_size = max_tokens, batch_size
         self.precision = "bfloat16" if native_bf16() else "float32"
         self.source = resolve_language_model(model)
-        self.weights = _fingerprint(self.source)
+        self.weights = folder_fingerprint(Path(self.source)) if Path(self.source).is_dir() else None
         self.constrained = constrained
         self.choices: tuple[str, ...] = ()
         self._loaded: tuple[Any, Any] | None = None
@@ -138,8 +139,9 @@ class LocalJudge(PromptedJudge):
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
             placing = {"device_map": "auto"} if torch.accelerator.is_available() else {}
-            model = load_language_model(self.source, dtype=getattr(torch, self.precision), **placing).eval()
-            tokenizer = load_tokenizer(self.source)
+            with quiet_transformers():
+                model = load_language_model(self.source, dtype=getattr(torch, self.precision), **placing).eval()
+                tokenizer = load_tokenizer(self.source)
             tokenizer.padding_side = "left"
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
@@ -165,13 +167,3 @@ def _allowed_tokens(tokenizer: Any, choices: Sequence[str], length: int) -> Call
     allowed = {begun: sorted(tokens) for begun, tokens in after.items()}
     # A row that has ended is padded while others go on.
     return lambda row, ids: allowed.get(tuple(ids[length:].tolist()), [tokenizer.pad_token_id])
-
-
-def _fingerprint(source: str) -> str | None:
-    """Eight digits that change when the files of a folder do, copying included; None for a Hub id."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return None
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    told = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:8]
