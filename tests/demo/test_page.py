@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,13 @@ def test_no_file_of_the_server_is_served(served: Served, prefix: str, tiny_model
 @pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_it_ends_cleanly(tiny_model: Path, tmp_path: Path, how: signal.Signals, status: int) -> None:
     page = start_page(tmp_path / "cwd", tiny_model)
-    Client(page.address).upload("left.ply", b"waiting to be read").raise_for_status()
+    client = Client(page.address)
+    client.upload("left.ply", b"waiting to be read").raise_for_status()
     assert [path.name for path in page.temporary.rglob("*.ply")] == ["left.ply"]
-    assert page.end(how) == status
+    with client.http.stream("GET", f"/gradio_api/heartbeat/{client.session}"):  # as an open page
+        start = time.monotonic()
+        assert page.end(how) == status
+        assert time.monotonic() - start < 8
     assert "Traceback" not in page.log.read_text()
     assert list(page.temporary.iterdir()) == []
     assert sorted(path.name for path in (tmp_path / "cwd").iterdir()) == ["log.txt", "temporary"]

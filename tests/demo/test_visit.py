@@ -103,6 +103,14 @@ def test_an_answer_that_takes_too_long_is_cut(models: list[Any], processor: Any)
     assert "(stopped after 1e-09 seconds)" in said(visit)[0][1]
 
 
+def test_closing_stops_answers(desk: Desk) -> None:
+    visit = desk.visit(cloud())
+    desk.close()
+    list(desk.ask(visit, "What is this?"))
+    assert said(visit) == [["What is this?", ""]] * 2
+    assert not desk._computing.locked()
+
+
 def test_only_some_conversations_stay_warm(models: list[Any], processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visiting, "WARM_CONVERSATIONS", 2)
     desk = make_desk(models[:1], processor)

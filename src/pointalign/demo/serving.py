@@ -87,6 +87,10 @@ def _opened(desk: Desk) -> Iterator[str]:
     try:
         yield address
     finally:
+        desk.close()
+        # Open pages hold a connection each, which would be waited for, and whose end would be told as an error.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        blocks.server.config.timeout_graceful_shutdown = 1
         blocks.close(verbose=False)
 
 

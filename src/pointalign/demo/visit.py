@@ -30,6 +30,7 @@ MOST_LABELS = 60
 # Conversations whose computed tokens are kept, for all visitors together; older ones are computed again when they go on.
 WARM_CONVERSATIONS = 6
 SECONDS_BETWEEN_PIECES = 0.08
+CLOSING_SECONDS = 5
 
 
 @dataclass
@@ -83,6 +84,7 @@ class Desk:
         self.decoding = decoding
         self.reading = reading
         self._computing = threading.Lock()
+        self._closed = threading.Event()
         self._warm: OrderedDict[int, Conversation] = OrderedDict()
 
     @property
@@ -152,6 +154,8 @@ class Desk:
             start = told = time.monotonic()
             with closing(conversation.ask(question)) as pieces:
                 for piece in pieces:
+                    if self._closed.is_set():
+                        return
                     answer["content"] += harmless(piece)
                     now = time.monotonic()
                     if now - start > self.page.answer_seconds:
@@ -172,6 +176,12 @@ class Desk:
         while len(self._warm) > WARM_CONVERSATIONS:
             self._warm.popitem(last=False)[1].release()
         return talk.conversation
+
+    def close(self) -> None:
+        """Stop at the next word of the answer that is being written, and wait for that, but not for long."""
+        self._closed.set()
+        if self._computing.acquire(timeout=CLOSING_SECONDS):
+            self._computing.release()
 
     def clear(self, visit: Visit) -> None:
         """Forget what was said; the cloud stays."""
