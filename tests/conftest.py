@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -122,6 +123,30 @@ def make_model(seed: int = 0, **kwargs: Any) -> PointAlignForConditionalGenerati
 def build_model() -> Callable[..., PointAlignForConditionalGeneration]:
     """`make_model`."""
     return make_model
+
+
+@pytest.fixture(scope="session")
+def write_extra() -> Callable[[Path, Sequence[str]], Path]:
+    """Writes a file as `pointalign data extra` does, of made-up objects with these nouns."""
+
+    def write(path: Path, nouns: Sequence[str]) -> Path:
+        import pyarrow as pa
+
+        from pointalign.data.household_build import write_clouds
+
+        clouds = np.random.default_rng(0).integers(0, 256, (len(nouns), 2048, 6))
+        names = pa.array([f"extra-{number}" for number in range(len(nouns))])
+        columns = {
+            **dict.fromkeys(("id", "name", "category", "creator", "licence", "source", "family"), names),
+            "tags": pa.array([[] for _ in nouns], pa.list_(pa.string())),
+            "size": pa.array([None for _ in nouns], pa.list_(pa.float32())),
+            "label": pa.array([None for _ in nouns], pa.string()),
+            "noun": pa.array(list(nouns)),
+        }
+        write_clouds(path, columns, list(clouds))
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,9 @@ true_size = load_benchmark()
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, build_model: Any, build_tokenizer: Any) -> Iterator[Path]:
+def world(
+    tmp_path_factory: pytest.TempPathFactory, build_model: Any, build_tokenizer: Any, write_extra: Any
+) -> Iterator[Path]:
     """Tiny stand-ins for all that recipes start from, and a folder of tiny data."""
     from randomness import randomize
 
@@ -75,6 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, build_model: Any, build_toke
     household.save_pretrained(folder / "household")
     PointAlignProcessor(build_tokenizer(), NUM_POINTS, 5, 6).save_pretrained(folder / "household")
     write_data(folder)
+    write_extra(folder / "extra.parquet", ["a wolf"] * 40 + ["a bear"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POINTALIGN_CACHE", str(folder / "cache"))
         patch.setattr(runs, "draw_losses", lambda *arguments: None)  # test_runs looks at the figure
@@ -113,6 +116,7 @@ def tiny(name: str, world: Path, start: Path | None = None) -> Recipe:
         recipe.model.start_from = str(world / ("household" if name in HOUSEHOLD else kinds.get(name, "pretrain")))
     if name in HOUSEHOLD:
         recipe.data.fraction = 0.03
+        recipe.data.extra = recipe.data.extra and str(world / "extra.parquet")
     else:
         recipe.data.source, recipe.data.instructions = str(world / "clouds"), [str(world / "instructions.json")]
     recipe.data.max_length = 4000

@@ -144,6 +144,8 @@ class DataSettings:
     source: str = "household"
     """`household` (bundled), a folder of {object_id}_8192.npy clouds, or what `pointalign data pack` made of one: a folder
     or its address (s3://..., any that fsspec knows)."""
+    extra: str | None = None
+    """A file that `pointalign data extra` built; its objects join household's training side."""
     instructions: list[str] = field(default_factory=list)
     """PointLLM-format JSON files, for a folder of clouds."""
     skip_missing: bool = False
@@ -152,6 +154,9 @@ class DataSettings:
     """The sets that are mixed."""
     fraction: float = 1.0
     """Share of the objects that is used, the first ones by a hash of their id."""
+    balance: float = 0.0
+    """Stage encoder: of objects that c captions describe in the same words, each is drawn 1/c^balance as often; 0 draws all
+    objects equally often, 1 all descriptions."""
     max_length: int = 512
     """Longest conversation in tokens; longer ones are refused."""
 
@@ -224,6 +229,9 @@ class Recipe:
     """Train as the released code does: its text of one-turn questions, its (wrong) positions of the alignment loss."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 where the device computes it natively, else fp32."""
+    packing: bool = True
+    """Lay the conversations of a step end to end instead of padding them, for models that keep them apart; the losses are
+    the same. `as_released` pads."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     cache_features: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from pointalign.training import RecipeTrainer
 TARGET_TEMPERATURE = 0.05
 TEMPLATE_SHARE = 0.15
 NORM_WEIGHT = 0.1
+# How often a cloud is cut off, its colours change places, or are dropped, when it is augmented.
+CUT_CHANCE, RECOLOR_CHANCE, GRAY_CHANCE = 0.3, 0.2, 0.25
 
 
 class PointTextContrast(nn.Module):
@@ -106,57 +108,73 @@ def caption_words(captions: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tens
     return torch.tensor(kept), weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
 
 
-def augment(points: Tensor, generator: torch.Generator) -> Tensor:
-    """A cloud as it might have been: a small turn about the vertical axis, stretched, shaken, thinned, without colour.
+def augment(points: Tensor, generator: torch.Generator, num_points: int) -> Tensor:
+    """A cloud as it might have been: turned a little, stretched, shaken, in other light or paint, cut off, thinned.
 
     Args:
         points: (N, 6), y up. Objects stand upright, so only small turns are made.
         generator: of all random choices.
+        num_points: how many points to return.
 
     Returns:
-        (N, 6), normalised again; thinned-out points are replaced by the first one, so the shape stays.
+        (num_points, 6), normalised again; where a cut leaves fewer points, some come twice.
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(shape, generator=generator) * (high - low) + low
 
-    xyz, rgb = points[:, :3], points[:, 3:]
-    angle = uniform(-0.5, 0.5)
-    cos, sin = angle.cos(), angle.sin()
-    x, y, z = (xyz * uniform(0.85, 1.15, 3)).unbind(dim=1)
-    mirrored = torch.where(uniform(0, 1) < 0.5, -x, x)
-    xyz = torch.stack([cos * mirrored + sin * z, y, cos * z - sin * mirrored], dim=1)
-    xyz = xyz + 0.01 * torch.randn(xyz.shape, generator=generator)
-    rgb = (rgb * uniform(0.8, 1.2, 3) + uniform(-0.1, 0.1, 3)).clamp(0, 1)
-    if uniform(0, 1) < 0.2:
+    def happens(chance: float) -> bool:
+        return bool(uniform(0, 1) < chance)
+
+    points = points[torch.randperm(len(points), generator=generator)]
+    if happens(CUT_CHANCE):
+        along = points[:, :3] @ F.normalize(torch.randn(3, generator=generator), dim=0)
+        points = points[along <= along.quantile(float(uniform(0.7, 1)))]
+    kept = points[: int(num_points * float(uniform(0.5, 1)))]
+    points = kept.repeat(-(-num_points // len(kept)), 1)[:num_points]
+    xyz, rgb = points[:, :3] * uniform(0.85, 1.18, 3), points[:, 3:]
+    if happens(0.5):
+        xyz = xyz * torch.tensor([-1.0, 1.0, 1.0])
+    xyz = xyz @ _turned(uniform(-0.4, 0.4), 0, 2).T @ _turned(uniform(-0.08, 0.08), 1, 2).T
+    xyz = xyz + uniform(0, 0.01) * torch.randn(xyz.shape, generator=generator)
+    rgb = (rgb * uniform(0.75, 1.25, 3) + uniform(-0.12, 0.12, 3)).clamp(0, 1)
+    if happens(RECOLOR_CHANCE):
+        rgb = rgb[:, torch.randperm(3, generator=generator)]
+    if happens(GRAY_CHANCE):
         rgb = torch.full_like(rgb, 0.5)
-    moved = torch.cat([xyz, rgb], dim=1)
-    dropped = uniform(0, 1, len(moved)) < uniform(0, 0.4)
-    moved = torch.where(dropped.unsqueeze(1), moved[:1], moved)
-    return normalize_point_cloud(moved)
+    return normalize_point_cloud(torch.cat([xyz, rgb], dim=1))
+
+
+def _turned(angle: Tensor, first: int, second: int) -> Tensor:
+    """(3, 3) rotation by an angle in radians in the plane of two axes."""
+    matrix = torch.eye(3)
+    matrix[first, first] = matrix[second, second] = angle.cos()
+    matrix[first, second], matrix[second, first] = -angle.sin(), angle.sin()
+    return matrix
 
 
 class CloudTextDataset(Dataset):
     """Augmented clouds with what belongs to their captions.
 
     Args:
-        clouds: (n, N, 6).
+        read: gives the cloud of a number, (N, 6).
         texts: tensors with one row per cloud.
+        num_points: points of each augmented cloud.
         seed: of the augmentation, which depends on the seed, the object and the step alone.
     """
 
-    def __init__(self, clouds: Tensor, texts: Mapping[str, Tensor], seed: int) -> None:
-        self.clouds, self.texts, self.seed = clouds, texts, seed
+    def __init__(self, read: Callable[[int], Tensor], texts: Mapping[str, Tensor], num_points: int, seed: int) -> None:
+        self.read, self.texts, self.num_points, self.seed = read, texts, num_points, seed
 
     def __len__(self) -> int:
-        return len(self.clouds)
+        return len(next(iter(self.texts.values())))
 
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Tensor]:
         """The sample of (object number, step)."""
         number, step = index
         generator = torch.Generator().manual_seed(hash((self.seed, number, step)) % 2**63)
         return {
-            "point_clouds": augment(self.clouds[number], generator),
+            "point_clouds": augment(self.read(number), generator, self.num_points),
             **{name: tensor[number] for name, tensor in self.texts.items()},
         }
 
@@ -187,15 +205,35 @@ class ContrastTrainer(RecipeTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def captions_by_object(conversations: Sequence[Conversation]) -> dict[str, str]:
-    """The shortest first answer about each object: what it is, without what varies in telling it."""
-    captions: dict[str, str] = {}
+def captions_by_object(conversations: Sequence[Conversation]) -> dict[str, list[str]]:
+    """Every first answer about each object, the shortest first: what it is, without what varies in telling it."""
+    captions: dict[str, list[str]] = {}
     for conversation in conversations:
         answer = next(str(m["content"]) for m in conversation.messages if m["role"] == "assistant")
-        known = captions.setdefault(conversation.object_id, answer)
-        if len(answer) < len(known):
-            captions[conversation.object_id] = answer
-    return captions
+        captions.setdefault(conversation.object_id, []).append(answer)
+    return {name: sorted(answers, key=len) for name, answers in captions.items()}
+
+
+def mean_embeddings(texts: Sequence[Sequence[str]]) -> Tensor:
+    """(n, D) unit vectors: what the sentence embeddings of each object's captions have in common."""
+    embedded = iter(torch.from_numpy(embed_sentences([text for group in texts for text in group])))
+    means = torch.stack([torch.stack([next(embedded) for _ in group]).mean(dim=0) for group in texts])
+    return F.normalize(means, dim=-1)
+
+
+def balanced_members(weights: Tensor, balance: float) -> list[int]:
+    """Numbers of the objects, each as often as it is to be drawn in one pass.
+
+    Args:
+        weights: (n, M), the words of each object's caption as `caption_words` gives them.
+        balance: of c objects with the same words, each is drawn 1/c^balance as often as one whose words are its own.
+
+    Returns:
+        Each number at least once; ratios are rounded to whole numbers.
+    """
+    _, group, counts = (weights > 0).unique(dim=0, return_inverse=True, return_counts=True)
+    shares = counts[group].double() ** -balance
+    return torch.arange(len(weights)).repeat_interleave((shares / shares.min()).round().long()).tolist()
 
 
 def _collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -224,13 +262,17 @@ def train_encoder(
     clouds, conversations = open_training_data(recipe.data, folder.path)
     captions = captions_by_object(conversations)
     object_ids = sorted(captions)
-    points = torch.stack([processor.prepare_points(clouds[name]) for name in object_ids])
-    texts = torch.from_numpy(embed_sentences([captions[name] for name in object_ids]))
-    tokens, weights = caption_words([captions[name] for name in object_ids], processor.tokenizer)
+    texts = mean_embeddings([captions[name] for name in object_ids])
+    tokens, weights = caption_words([captions[name][0] for name in object_ids], processor.tokenizer)
     words = model.get_input_embeddings()(tokens).detach().float()
     contrast = PointTextContrast(model.point_encoder, model.connector, texts.shape[1], words)
-    dataset = CloudTextDataset(points, {"text_embeddings": texts, "caption_words": weights}, recipe.seed)
-    members = [range(len(object_ids))]
+    dataset = CloudTextDataset(
+        lambda number: processor.clean_points(clouds[object_ids[number]]),
+        {"text_embeddings": texts, "caption_words": weights},
+        processor.num_points,
+        recipe.seed,
+    )
+    members = [balanced_members(weights, recipe.data.balance)]
     return run_trainer(
         recipe,
         folder,

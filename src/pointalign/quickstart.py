@@ -30,7 +30,7 @@ def quickstart_recipes(out: Path, fast: bool) -> dict[str, Recipe]:
 
     Args:
         out: the quick start's folder.
-        fast: two steps each.
+        fast: two steps each, on a tenth of the objects.
     """
     encoder = load_recipe("household-encoder")
     pretrain = load_recipe("household-pretrain")
@@ -44,6 +44,7 @@ def quickstart_recipes(out: Path, fast: bool) -> dict[str, Recipe]:
         for recipe in recipes.values():
             recipe.optimizer = replace(recipe.optimizer, max_steps=2, warmup_steps=1)
             recipe.logging_steps = 1
+            recipe.data.fraction = 0.1
     return recipes
 
 

@@ -1,6 +1,7 @@
 """From a recipe's data settings to clouds and conversations: nothing is left out unsaid."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +196,21 @@ def test_missing_color_is_what_the_training_clouds_have_where_there_was_none():
         np.testing.assert_allclose(thing.points[:, 3:], np.tile(missing_color(DataSettings()), (2048, 1)), atol=1e-7)
     assert missing_color(DataSettings()) == MISSING_COLOR
     assert missing_color(DataSettings(source="clouds")) == (0, 0, 0)
+
+
+def test_extra_objects_join_households_training_side(tmp_path, write_extra):
+    path = write_extra(tmp_path / "extra.parquet", ["a wolf", "a bear"])
+    clouds, conversations = open_training_data(DataSettings(extra=str(path)))
+    assert {"extra-0", "extra-1"} < set(conversations.object_ids)
+    assert len(set(conversations.object_ids)) == 722
+    assert clouds["extra-1"].shape == (2048, 6)
+    assert any("bear" in str(talk.messages[-1]["content"]) for talk in conversations if talk.object_id == "extra-1")
+    plain, _ = open_training_data(DataSettings())
+    assert clouds.fingerprint != plain.fingerprint
+
+
+def test_extra_objects_elsewhere_are_refused(world, tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.extra joins household's objects"):
+        open_training_data(replace(world, extra="extra.parquet"))
+    with pytest.raises(DataError, match="absent"):
+        open_training_data(DataSettings(extra=str(tmp_path / "absent.parquet")))

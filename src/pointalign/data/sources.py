@@ -17,6 +17,7 @@ from pointalign.data.conversations import (
     keep_fraction,
     read_conversations,
 )
+from pointalign.data.extra import ExtraObject, load_extra
 from pointalign.data.household import HOUSEHOLD_FILE, MISSING_COLOR, HouseholdObject, load_household
 from pointalign.data.household_text import build_instructions
 from pointalign.data.objaverse import BROKEN_OBJECTS, NumpyClouds
@@ -29,15 +30,24 @@ MISSING_FILE = "missing_clouds.txt"
 
 
 class HouseholdClouds:
-    """The bundled objects' clouds by object id, (2048, 6) in farthest-point order."""
+    """The bundled objects' clouds by object id, (2048, 6) in farthest-point order.
 
-    def __init__(self, objects: list[HouseholdObject]) -> None:
+    Args:
+        objects: of household, and extra ones.
+        extra: the file of the extra ones.
+    """
+
+    def __init__(self, objects: Sequence[HouseholdObject | ExtraObject], extra: Path | None = None) -> None:
         self.objects = {thing.id: thing for thing in objects}
+        self.extra = extra
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the bundled file."""
-        return hashlib.sha256(HOUSEHOLD_FILE.read_bytes()).hexdigest()
+        """Hash of the bundled file, and of the file of extra objects."""
+        digest = hashlib.sha256(HOUSEHOLD_FILE.read_bytes())
+        if self.extra is not None:
+            digest.update(self.extra.read_bytes())
+        return digest.hexdigest()
 
     def __contains__(self, object_id: object) -> bool:
         return object_id in self.objects
@@ -86,13 +96,16 @@ def open_training_data(settings: DataSettings, folder: Path | None = None) -> tu
         folder: the run's, where the names of objects without cloud are written.
 
     Raises:
-        ConfigError: when a folder of clouds comes without instruction files, or a run that is gone on with lacks other
-            clouds than before.
+        ConfigError: when a folder of clouds comes without instruction files or with extra objects, or a run that is gone
+            on with lacks other clouds than before.
         DataError: when files are missing or broken, or a conversation's cloud is missing.
     """
+    if settings.extra is not None and settings.source != "household":
+        raise ConfigError("data.extra joins household's objects; leave it out, or set data.source to household")
     if settings.source == "household":
-        objects = load_household("train")
-        clouds: PointCloudSource = HouseholdClouds(objects)
+        extra = Path(settings.extra) if settings.extra else None
+        objects = [*load_household("train"), *(load_extra(extra) if extra else ())]
+        clouds: PointCloudSource = HouseholdClouds(objects, extra)
         conversations = read_conversations(build_instructions(objects))
     else:
         if not settings.instructions:

@@ -89,14 +89,34 @@ class PointAlignProcessor(ProcessorMixin):
         """One cloud as the model wants it.
 
         More than `num_points` points are cut down by farthest point sampling from point 0; fewer are filled up by
-        repeating the cloud from its first point on. Colours in 0-255 are divided by 255, with a warning. Missing
-        colours become `missing_color`.
+        repeating the cloud from its first point on. Colours as in `clean_points`.
 
         Args:
             points: (N, 3) xyz or (N, 6) xyz and rgb, numpy array or tensor, N >= `min_points`.
 
         Returns:
             (num_points, 6) float32: xyz centred and in the unit ball, rgb in [0, 1].
+
+        Raises:
+            DataError: as `clean_points`.
+        """
+        cloud = self.clean_points(points)
+        if len(cloud) > self.num_points:
+            cloud = cloud[farthest_point_sample(cloud[None, :, :3], self.num_points)[0]]
+        elif len(cloud) < self.num_points:
+            cloud = cloud[torch.arange(self.num_points) % len(cloud)]
+        return normalize_point_cloud(cloud)
+
+    def clean_points(self, points: Any) -> Tensor:
+        """All points of one cloud, checked and with colours; where they lie stays as it is.
+
+        Colours in 0-255 are divided by 255, with a warning. Missing colours become `missing_color`.
+
+        Args:
+            points: (N, 3) xyz or (N, 6) xyz and rgb, numpy array or tensor, N >= `min_points`.
+
+        Returns:
+            (N, 6) float32, rgb in [0, 1].
 
         Raises:
             DataError: for a wrong shape, too few points, values that are not finite, or colours outside 0-255.
@@ -115,12 +135,7 @@ class PointAlignProcessor(ProcessorMixin):
                 f"{len(bad_rows)} of {len(cloud)} points hold NaN or infinite values (first: row {int(bad_rows[0])}); "
                 "remove them"
             )
-        cloud = torch.cat([cloud[:, :3], self._colors(cloud)], dim=1)
-        if len(cloud) > self.num_points:
-            cloud = cloud[farthest_point_sample(cloud[None, :, :3], self.num_points)[0]]
-        elif len(cloud) < self.num_points:
-            cloud = cloud[torch.arange(self.num_points) % len(cloud)]
-        return normalize_point_cloud(cloud)
+        return torch.cat([cloud[:, :3], self._colors(cloud)], dim=1)
 
     def _colors(self, cloud: Tensor) -> Tensor:
         if cloud.shape[1] == 3:
@@ -130,7 +145,7 @@ class PointAlignProcessor(ProcessorMixin):
         if low < 0 or high > 255 or 1 < high < 2:
             raise DataError(f"colours lie between {low:g} and {high:g}; give rgb in [0, 1] (or 0-255)")
         if high > 1:
-            warnings.warn(f"colours up to {high:g} are taken as 0-255 and divided by 255", stacklevel=4)
+            warnings.warn(f"colours up to {high:g} are taken as 0-255 and divided by 255", stacklevel=5)
             colors = colors / 255
         return colors
 
