@@ -109,9 +109,8 @@ def _grow(
     from sklearn.ensemble import RandomForestClassifier
 
     known, asked = (np.stack([histograms(thing, with_size) for thing in part]) for part in (train, objects))
-    trees = RandomForestClassifier(TREES, max_features=SHARE_OF_COLUMNS, random_state=0).fit(
-        known, [thing.label for thing in train]
-    )
+    trees = RandomForestClassifier(TREES, max_features=SHARE_OF_COLUMNS, random_state=0)  # pyright: ignore[reportArgumentType]
+    trees.fit(known, [thing.label for thing in train])
     shares = np.zeros((len(objects), len(classes)))
     shares[:, [classes.index(name) for name in trees.classes_]] = trees.predict_proba(asked)
     leaves, own_leaves = trees.apply(known), trees.apply(asked)
