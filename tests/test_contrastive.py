@@ -62,6 +62,19 @@ def test_an_augmented_cloud_is_still_one_cloud_that_stands_upright() -> None:
     assert len({tuple(cloud[0].tolist()) for cloud in seen}) == 60
 
 
+def test_an_augmented_cloud_knows_its_radius_half_the_time() -> None:
+    unit = torch.full((2048, 1), 0.5)
+    radii = [
+        augment(torch.cat([tower(), unit], dim=1), torch.Generator().manual_seed(seed), 512)[:, 6] for seed in range(60)
+    ]
+    assert all(bool((radius == radius[0]).all()) for radius in radii)
+    known = [float(radius[0]) for radius in radii if radius[0] > 0]
+    assert 18 <= len(known) <= 42
+    # The tower of 1 x 4 x 1 units of half a metre has a radius of 1.06 m; cuts and stretches change it somewhat.
+    assert all(0.7 < radius < 1.5 for radius in known)
+    assert max(known) > min(known) + 0.1
+
+
 def test_a_sample_is_a_function_of_seed_object_and_step() -> None:
     def dataset(seed: int) -> CloudTextDataset:
         return CloudTextDataset(lambda number: tower() * (number + 1), {"text_embeddings": torch.eye(3)}, 64, seed)

@@ -37,6 +37,8 @@ class PointEncoderSettings:
     """Blocks of the transformer."""
     num_attention_heads: int = 6
     """Heads of each block."""
+    metric_size: bool = False
+    """Also tell the encoder how large an object is in metres, where that is known."""
 
 
 @dataclass

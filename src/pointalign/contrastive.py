@@ -18,10 +18,9 @@ from pointalign.data.conversations import Conversation
 from pointalign.data.mixture import MixtureBatchSampler
 from pointalign.data.sources import open_training_data
 from pointalign.errors import ConfigError, DataError
-from pointalign.geometry import normalize_point_cloud
 from pointalign.models.point_encoder import PointEncoder
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
-from pointalign.models.processing import PointAlignProcessor
+from pointalign.models.processing import PointAlignProcessor, normalize_sized
 from pointalign.run_folder import RunFolder
 from pointalign.run_loop import run_trainer
 from pointalign.sentence_embedding import embed_sentences
@@ -30,8 +29,8 @@ from pointalign.training import RecipeTrainer
 TARGET_TEMPERATURE = 0.05
 TEMPLATE_SHARE = 0.15
 NORM_WEIGHT = 0.1
-# How often a cloud is cut off, its colours change places, or are dropped, when it is augmented.
-CUT_CHANCE, RECOLOR_CHANCE, GRAY_CHANCE = 0.3, 0.2, 0.25
+# How often a cloud is cut off, its colours change places, are dropped, or its size is not told, when it is augmented.
+CUT_CHANCE, RECOLOR_CHANCE, GRAY_CHANCE, UNSIZED_CHANCE = 0.3, 0.2, 0.25, 0.5
 
 
 class PointTextContrast(nn.Module):
@@ -112,12 +111,13 @@ def augment(points: Tensor, generator: torch.Generator, num_points: int) -> Tens
     """A cloud as it might have been: turned a little, stretched, shaken, in other light or paint, cut off, thinned.
 
     Args:
-        points: (N, 6), y up. Objects stand upright, so only small turns are made.
+        points: (N, 6), y up, or (N, 7) with the unit of xyz in metres. Objects stand upright, so only small turns are made.
         generator: of all random choices.
         num_points: how many points to return.
 
     Returns:
-        (num_points, 6), normalised again; where a cut leaves fewer points, some come twice.
+        (num_points, 6), normalised again; where a cut leaves fewer points, some come twice. Of a (N, 7) cloud also the radius
+        in metres, which is dropped half the time, so that the encoder learns to do without.
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -132,7 +132,7 @@ def augment(points: Tensor, generator: torch.Generator, num_points: int) -> Tens
         points = points[along <= along.quantile(float(uniform(0.7, 1)))]
     kept = points[: int(num_points * float(uniform(0.5, 1)))]
     points = kept.repeat(-(-num_points // len(kept)), 1)[:num_points]
-    xyz, rgb = points[:, :3] * uniform(0.85, 1.18, 3), points[:, 3:]
+    xyz, rgb, unit = points[:, :3] * uniform(0.85, 1.18, 3), points[:, 3:6], points[:, 6:]
     if happens(0.5):
         xyz = xyz * torch.tensor([-1.0, 1.0, 1.0])
     xyz = xyz @ _turned(uniform(-0.4, 0.4), 0, 2).T @ _turned(uniform(-0.08, 0.08), 1, 2).T
@@ -142,7 +142,9 @@ def augment(points: Tensor, generator: torch.Generator, num_points: int) -> Tens
         rgb = rgb[:, torch.randperm(3, generator=generator)]
     if happens(GRAY_CHANCE):
         rgb = torch.full_like(rgb, 0.5)
-    return normalize_point_cloud(torch.cat([xyz, rgb], dim=1))
+    if happens(UNSIZED_CHANCE):
+        unit = torch.zeros_like(unit)
+    return normalize_sized(torch.cat([xyz, rgb, unit], dim=1))
 
 
 def _turned(angle: Tensor, first: int, second: int) -> Tensor:

@@ -74,6 +74,7 @@ def build_model(
         point_token=token,
         system_prompt=settings.system_prompt,
         missing_color=missing_color,
+        metric_size=settings.point_encoder.metric_size,
     )
     return model, processor
 

@@ -293,3 +293,12 @@ def test_impossible_folds_are_refused() -> None:
     rows = [LabelRow(f"o{number}", "chair", "one family", "a chair") for number in range(4)]
     with pytest.raises(DataError, match="cannot part 1 families into 2 folds"):
         family_folds(rows, folds=2)
+
+
+def test_points_with_their_unit_have_the_objects_size():
+    for thing in load_household("test")[:20]:
+        sized = thing.sized_points
+        assert np.array_equal(sized[:, :6], thing.points)
+        extents = np.ptp(sized[:, :3], axis=0) * sized[0, 6] * 100
+        np.testing.assert_allclose(extents.max(), max(thing.size_cm), rtol=1e-5)
+        np.testing.assert_allclose(extents, thing.size_cm, rtol=0.12, atol=2)

@@ -183,7 +183,7 @@ def test_household_is_its_training_split():
     assert isinstance(clouds, HouseholdClouds)
     assert len(conversations.object_ids) == 720
     assert all(object_id in clouds for object_id in conversations.object_ids)
-    assert clouds[conversations.object_ids[0]].shape == (2048, 6)
+    assert clouds[conversations.object_ids[0]].shape == (2048, 7)
     with pytest.raises(DataError, match="household has no object 'nobody'"):
         clouds["nobody"]
 
@@ -203,7 +203,8 @@ def test_extra_objects_join_households_training_side(tmp_path, write_extra):
     clouds, conversations = open_training_data(DataSettings(extra=str(path)))
     assert {"extra-0", "extra-1"} < set(conversations.object_ids)
     assert len(set(conversations.object_ids)) == 722
-    assert clouds["extra-1"].shape == (2048, 6)
+    assert clouds["extra-1"].shape == (2048, 7)
+    assert not clouds["extra-1"][:, 6].any(), "nobody says how large it is"
     assert any("bear" in str(talk.messages[-1]["content"]) for talk in conversations if talk.object_id == "extra-1")
     plain, _ = open_training_data(DataSettings())
     assert clouds.fingerprint != plain.fingerprint

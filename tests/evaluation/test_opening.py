@@ -22,7 +22,7 @@ def test_household_is_asked_about_the_held_out_objects() -> None:
     item = classified.items[0]
     assert classified.task.labels[item.ground_truth] == item.label_name == "chair"
     assert captioned.items[0].ground_truth.startswith("This is a chair: an armchair.")
-    assert classified.cloud(item.object_id).shape == (2048, 6)
+    assert classified.cloud(item.object_id).shape == (2048, 7)
     assert (classified.judge, captioned.judge) == ("likelihood", None)
 
 

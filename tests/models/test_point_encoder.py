@@ -105,3 +105,45 @@ def test_new_encoders_start_with_small_random_tokens():
 def test_too_few_points(model):
     with pytest.raises(DataError, match="cloud of 7"):
         model.point_encoder(torch.zeros(1, 7, 6))
+
+
+def sized_encoder() -> PointEncoder:
+    torch.manual_seed(0)
+    config = PointEncoderConfig(
+        num_groups=8, group_size=6, group_hidden_sizes=(8, 12, 16), group_width=10, hidden_size=16, num_hidden_layers=2,
+        num_attention_heads=2, position_hidden_size=8, metric_size=True,
+    )  # fmt: skip
+    return PointEncoder(config).eval()
+
+
+def with_radius(clouds: torch.Tensor, *radii: float) -> torch.Tensor:
+    column = torch.tensor(radii)[:, None, None].expand(-1, clouds.shape[1], 1)
+    return torch.cat([clouds, column], dim=-1)
+
+
+def test_the_radius_tells_clouds_of_one_shape_apart_and_zero_tells_nothing():
+    encoder = sized_encoder()
+    cloud = torch.rand(1, 40, 6).expand(4, -1, -1)
+    small, large, unknown, again = encoder(with_radius(cloud, 0.1, 3.0, 0.0, 0.1))
+    assert torch.equal(small, again)
+    assert (small - large).abs().max() > 1e-3
+    assert (small - unknown).abs().max() > 1e-3
+    with torch.no_grad():
+        encoder.size_embedding.mlp[2].weight.normal_()
+    assert torch.equal(encoder(with_radius(cloud, 0.1, 3.0, 0.0, 0.1))[2], unknown), "unknown does not pass the MLP"
+
+
+def test_an_unknown_radius_gives_what_an_encoder_without_sizes_gives():
+    sized = sized_encoder()
+    plain = PointEncoder(PointEncoderConfig(**{**sized.config.to_dict(), "metric_size": False})).eval()
+    plain.load_state_dict({name: w for name, w in sized.state_dict().items() if not name.startswith("size_embedding.")})
+    clouds = torch.rand(2, 40, 6)
+    assert torch.equal(sized(with_radius(clouds, 0.0, 0.0)), plain(clouds))
+
+
+def test_the_size_learns_from_known_clouds_alone():
+    encoder = sized_encoder()
+    encoder(with_radius(torch.rand(2, 40, 6), 0.0, 0.0)).sum().backward()
+    assert all(not weight.grad.any() for weight in encoder.size_embedding.parameters())
+    encoder(with_radius(torch.rand(2, 40, 6), 0.0, 0.5)).square().sum().backward()
+    assert all(weight.grad.any() for weight in encoder.size_embedding.parameters())

@@ -292,6 +292,38 @@ def test_the_callers_cloud_is_left_as_it_was(processor, clouds):
 # Saving, and the placeholder
 
 
+def sized_processor(tokenizer):
+    return PointAlignProcessor(tokenizer, num_points=40, num_point_tokens=5, min_points=6, metric_size=True)
+
+
+def test_the_radius_in_metres_of_a_cloud_whose_unit_is_known(tokenizer):
+    sized = sized_processor(tokenizer)
+    # Two points 80 cm apart, in centimetres and far from the origin: a radius of 40 cm.
+    ends = np.array([[1000, 0, 0], [1080, 0, 0]], dtype=np.float32).repeat(20, axis=0)
+    cloud = np.concatenate([ends, np.full((40, 3), 0.5), np.full((40, 1), 0.01)], axis=1)
+    prepared = sized.prepare_points(cloud)
+    assert prepared.shape == (40, 7)
+    torch.testing.assert_close(prepared[:, 6], torch.full((40,), 0.4))
+    torch.testing.assert_close(prepared[:, 0].abs(), torch.ones(40))
+    in_metres = np.concatenate([ends / 100, cloud[:, 3:6], np.ones((40, 1))], axis=1)
+    torch.testing.assert_close(sized.prepare_points(in_metres), prepared)
+
+
+def test_without_a_unit_the_radius_is_unknown_and_without_sizes_the_unit_is_dropped(tokenizer, processor, clouds):
+    sized = sized_processor(tokenizer)
+    for cloud in (clouds[0], clouds[0][:, :3]):
+        assert not sized.prepare_points(cloud)[:, 6].any()
+    known = np.concatenate([np.asarray(clouds[0]), np.full((len(clouds[0]), 1), 0.01)], axis=1)
+    assert torch.equal(processor.prepare_points(known), processor.prepare_points(clouds[0]))
+
+
+@pytest.mark.parametrize("unit", [[-0.01], [0.01, 0.02], [np.nan]])
+def test_units_that_cannot_be(tokenizer, clouds, unit):
+    column = np.resize(unit, (len(clouds[0]), 1))
+    with pytest.raises(DataError, match="seventh column" if np.isfinite(unit).all() else "NaN"):
+        sized_processor(tokenizer).prepare_points(np.concatenate([np.asarray(clouds[0]), column], axis=1))
+
+
 def test_save_and_load(build_tokenizer, tmp_path, clouds):
     processor = PointAlignProcessor(
         build_tokenizer(),

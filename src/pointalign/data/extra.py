@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pointalign.data.household import read_clouds, read_columns
+from pointalign.data.household import read_clouds, read_columns, with_unit
 from pointalign.data.household_text import build_instructions
 
 
@@ -46,6 +46,11 @@ class ExtraObject:
     noun: str
     family: str
     points: np.ndarray = field(repr=False, compare=False)
+
+    @property
+    def sized_points(self) -> np.ndarray:
+        """(2048, 7): the points, and in every row the unit of xyz in metres, 0 where the size is not known."""
+        return with_unit(self.points, self.size)
 
 
 def load_extra(path: str | Path) -> list[ExtraObject]:

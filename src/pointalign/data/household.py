@@ -61,6 +61,25 @@ class HouseholdObject:
     split: str
     points: np.ndarray = field(repr=False, compare=False)
 
+    @property
+    def sized_points(self) -> np.ndarray:
+        """(2048, 7): the points, and in every row the unit of xyz in metres, as the processor takes it."""
+        return with_unit(self.points, [extent / 100 for extent in self.size_cm])
+
+
+def with_unit(points: np.ndarray, extents: Sequence[float] | None) -> np.ndarray:
+    """A cloud with one more column, the unit of its xyz in metres.
+
+    Args:
+        points: (N, 6), of any scale.
+        extents: of the object along x, y and z in metres; None where they are not known, and the unit becomes 0.
+
+    Returns:
+        (N, 7) float32. The unit is the longest extent over the cloud's own.
+    """
+    unit = 0.0 if extents is None else max(extents) / float(np.ptp(points[:, :3], axis=0).max())
+    return np.concatenate([points, np.full((len(points), 1), unit, dtype=np.float32)], axis=1)
+
 
 @dataclass(frozen=True)
 class LabelRow:

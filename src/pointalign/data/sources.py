@@ -30,7 +30,7 @@ MISSING_FILE = "missing_clouds.txt"
 
 
 class HouseholdClouds:
-    """The bundled objects' clouds by object id, (2048, 6) in farthest-point order.
+    """The bundled objects' clouds by object id, (2048, 7) in farthest-point order with their unit in metres.
 
     Args:
         objects: of household, and extra ones.
@@ -60,7 +60,7 @@ class HouseholdClouds:
         """
         if object_id not in self.objects:
             raise DataError(f"household has no object {object_id!r}; `load_household()` lists them")
-        return self.objects[object_id].points
+        return self.objects[object_id].sized_points
 
 
 def open_clouds(source: str | Path) -> NumpyClouds | PackedClouds:

@@ -178,7 +178,7 @@ def _drawable(text: str) -> str:
 
 def _drawn(points: np.ndarray) -> np.ndarray:
     """At most 3,000 points with a colour that can be seen; clouds without colour are black in the field."""
-    points = points[:: -(-len(points) // DRAWN_POINTS)]
+    points = points[:: -(-len(points) // DRAWN_POINTS), :6]
     if points.shape[1] == 3 or not points[:, 3:].any():
         points = np.concatenate([points[:, :3], np.full((len(points), 3), GRAY)], axis=1)
     return points

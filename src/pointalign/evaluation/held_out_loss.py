@@ -57,7 +57,7 @@ def held_out_loss(loaded: LoadedModel, out: Path, limit: int | None = None) -> d
 def _losses(loaded: LoadedModel, objects: Sequence[Any]) -> list[dict[str, float]]:
     """Summed `loss` and number of answer `tokens` of each object."""
     model, processor = loaded.model, loaded.processor
-    points = torch.stack([processor.prepare_points(thing.points) for thing in objects]).to(loaded.device)
+    points = torch.stack([processor.prepare_points(thing.sized_points) for thing in objects]).to(loaded.device)
     tokens = model.encode_points(points).point_tokens.cpu()
     ready = {thing.id: {"point_tokens": row} for thing, row in zip(objects, tokens, strict=True)}
     conversations = read_conversations(build_instructions(objects))

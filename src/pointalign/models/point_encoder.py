@@ -24,6 +24,8 @@ class PointEncoderConfig(PreTrainedConfig):
         num_attention_heads: heads of each block.
         position_hidden_size: hidden width of the MLP that embeds a centre's position.
         mlp_ratio: hidden width of a block's MLP over D.
+        metric_size: clouds have one more column, the same for all their points: their radius in metres, 0 where it is not
+            known. Normalisation throws the size away; this way the class token is told of it.
     """
 
     model_type = "pointalign_point_encoder"
@@ -39,6 +41,7 @@ class PointEncoderConfig(PreTrainedConfig):
     num_attention_heads: int = 6
     position_hidden_size: int = 128
     mlp_ratio: float = 4.0
+    metric_size: bool = False
     layer_norm_eps: float = 1e-5
 
     @property
@@ -99,6 +102,25 @@ class PointEncoderBlock(nn.Module):
         return tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
 
 
+class SizeEmbedding(nn.Module):
+    """What the class token is told of a cloud's size; nothing where the size is not known.
+
+    Source: our own; the published normalisation leaves no size.
+    """
+
+    def __init__(self, config: PointEncoderConfig) -> None:
+        super().__init__()
+        hidden = config.position_hidden_size
+        self.mlp = nn.Sequential(nn.Linear(1, hidden), nn.GELU(), nn.Linear(hidden, config.hidden_size))
+
+    def forward(self, radius: Tensor) -> Tensor:
+        """Radii in metres (B,), 0 where unknown, to (B, 1, D)."""
+        known = radius > 0
+        logarithm = torch.where(known, radius, torch.ones_like(radius)).log()
+        embedded = self.mlp(logarithm.unsqueeze(-1).to(self.mlp[0].weight.dtype))
+        return (embedded * known.unsqueeze(-1)).unsqueeze(1)
+
+
 class PointEncoder(PreTrainedModel):
     """Point-BERT: group the cloud, encode each group, mix the groups in a transformer.
 
@@ -120,6 +142,7 @@ class PointEncoder(PreTrainedModel):
         self.reduce_dim = nn.Linear(config.group_width, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.class_position = nn.Parameter(torch.zeros(1, 1, width))
+        self.size_embedding = SizeEmbedding(config) if config.metric_size else None
         self.position_embedding = nn.Sequential(
             nn.Linear(3, config.position_hidden_size), nn.GELU(), nn.Linear(config.position_hidden_size, width)
         )
@@ -138,7 +161,8 @@ class PointEncoder(PreTrainedModel):
         """Encode clouds.
 
         Args:
-            points: (B, N, in_channels), xyz in the unit ball, colours in [0, 1]; N >= max(num_groups, group_size).
+            points: (B, N, in_channels), xyz in the unit ball, colours in [0, 1]; N >= max(num_groups, group_size). With
+                `metric_size` (B, N, in_channels + 1), the last column the radius in metres.
 
         Returns:
             (B, num_groups + 1, hidden_size), the class token first, then the groups in order of sampling.
@@ -146,10 +170,14 @@ class PointEncoder(PreTrainedModel):
         Raises:
             DataError: when the clouds have too few points.
         """
-        groups, centers = group_points(points.float(), self.config.num_groups, self.config.group_size)
+        points, radius = points[..., : self.config.in_channels].float(), points[:, 0, -1].float()
+        groups, centers = group_points(points, self.config.num_groups, self.config.group_size)
         dtype = self.reduce_dim.weight.dtype
         tokens = self.reduce_dim(self.group_encoder(groups.to(dtype)))
-        tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        first = self.class_token.expand(len(tokens), -1, -1)
+        if self.size_embedding is not None:
+            first = first + self.size_embedding(radius)
+        tokens = torch.cat([first, tokens], dim=1)
         positions = self.position_embedding(centers.to(dtype))
         positions = torch.cat([self.class_position.expand(len(positions), -1, -1), positions], dim=1)
         for block in self.blocks:

@@ -45,6 +45,7 @@ class PointAlignProcessor(ProcessorMixin):
         point_suffix: text after a cloud's tokens.
         system_prompt: system message put before conversations that have none; None leaves it to the chat template.
         missing_color: rgb in [0, 1] given to clouds without colour.
+        metric_size: whether the model is told how large an object is, `PointEncoderConfig.metric_size`.
         chat_template: Jinja template for tokenizers that have none, or to be used instead of theirs.
     """
 
@@ -62,6 +63,7 @@ class PointAlignProcessor(ProcessorMixin):
         point_suffix: str = "\n",
         system_prompt: str | None = None,
         missing_color: Sequence[float] = (0.0, 0.0, 0.0),
+        metric_size: bool = False,
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -73,6 +75,7 @@ class PointAlignProcessor(ProcessorMixin):
         self.point_suffix = point_suffix
         self.system_prompt = system_prompt
         self.missing_color = list(missing_color)
+        self.metric_size = metric_size
         if chat_template is None and getattr(tokenizer, "chat_template", None) is None:
             chat_template = DEFAULT_CHAT_TEMPLATE
         super().__init__(tokenizer, chat_template=chat_template)
@@ -92,10 +95,11 @@ class PointAlignProcessor(ProcessorMixin):
         repeating the cloud from its first point on. Colours as in `clean_points`.
 
         Args:
-            points: (N, 3) xyz or (N, 6) xyz and rgb, numpy array or tensor, N >= `min_points`.
+            points: as in `clean_points`.
 
         Returns:
-            (num_points, 6) float32: xyz centred and in the unit ball, rgb in [0, 1].
+            (num_points, 6) float32: xyz centred and in the unit ball, rgb in [0, 1]. With `metric_size` (num_points, 7), the
+            last column the radius in metres, 0 where it is not known.
 
         Raises:
             DataError: as `clean_points`.
@@ -105,7 +109,7 @@ class PointAlignProcessor(ProcessorMixin):
             cloud = cloud[farthest_point_sample(cloud[None, :, :3], self.num_points)[0]]
         elif len(cloud) < self.num_points:
             cloud = cloud[torch.arange(self.num_points) % len(cloud)]
-        return normalize_point_cloud(cloud)
+        return normalize_sized(cloud)
 
     def clean_points(self, points: Any) -> Tensor:
         """All points of one cloud, checked and with colours; where they lie stays as it is.
@@ -113,16 +117,18 @@ class PointAlignProcessor(ProcessorMixin):
         Colours in 0-255 are divided by 255, with a warning. Missing colours become `missing_color`.
 
         Args:
-            points: (N, 3) xyz or (N, 6) xyz and rgb, numpy array or tensor, N >= `min_points`.
+            points: (N, 3) xyz, (N, 6) xyz and rgb, or (N, 7) with the unit of xyz in metres in every row, 0 where it is not
+                known (0.01 for a cloud in centimetres); numpy array or tensor, N >= `min_points`.
 
         Returns:
-            (N, 6) float32, rgb in [0, 1].
+            (N, 6) float32, rgb in [0, 1]. With `metric_size` (N, 7), the last column the unit.
 
         Raises:
-            DataError: for a wrong shape, too few points, values that are not finite, or colours outside 0-255.
+            DataError: for a wrong shape, too few points, values that are not finite, colours outside 0-255, or several
+                units.
         """
         cloud = points if isinstance(points, Tensor) else torch.from_numpy(_as_array(points))
-        if cloud.ndim != 2 or cloud.shape[1] not in (3, 6):
+        if cloud.ndim != 2 or cloud.shape[1] not in (3, 6, 7):
             raise DataError(
                 f"a point cloud has shape (points, 3) or (points, 6), xyz and rgb; this one has {tuple(cloud.shape)}"
             )
@@ -135,7 +141,11 @@ class PointAlignProcessor(ProcessorMixin):
                 f"{len(bad_rows)} of {len(cloud)} points hold NaN or infinite values (first: row {int(bad_rows[0])}); "
                 "remove them"
             )
-        return torch.cat([cloud[:, :3], self._colors(cloud)], dim=1)
+        unit = cloud[:, 6:] if cloud.shape[1] == 7 else torch.zeros(len(cloud), 1)
+        if (unit != unit[0]).any() or unit[0] < 0:
+            raise DataError("the seventh column is the unit of xyz in metres, one positive number in every row (or 0)")
+        columns = [cloud[:, :3], self._colors(cloud[:, :6])]
+        return torch.cat([*columns, unit] if self.metric_size else columns, dim=1)
 
     def _colors(self, cloud: Tensor) -> Tensor:
         if cloud.shape[1] == 3:
@@ -327,6 +337,19 @@ class PointAlignProcessor(ProcessorMixin):
         if clouds:
             data["point_clouds"] = torch.stack(clouds)
         return BatchFeature(data)
+
+
+def normalize_sized(cloud: Tensor) -> Tensor:
+    """`normalize_point_cloud`; a seventh column, the unit of xyz in metres, becomes the cloud's radius in metres.
+
+    Args:
+        cloud: (N, 6) or (N, 7).
+    """
+    normalized = normalize_point_cloud(cloud)
+    if cloud.shape[1] == 7:
+        xyz = cloud[:, :3] - cloud[:1, :3]
+        normalized[:, 6] *= (xyz - xyz.mean(dim=0)).norm(dim=1).max()
+    return normalized
 
 
 def _as_array(points: Any) -> np.ndarray:
