@@ -77,6 +77,9 @@ class Reading:
     """Names of a cloud's columns, where the file has none or wrong ones: x y z nx ny nz; - leaves one out."""
     color_max: float | None = None
     """The colour value that means full, where the values do not tell."""
+    unit: float | None = None
+    """The unit of the files' coordinates in metres (0.001: millimetres), for models that were told of sizes; what the format
+    fixes, else unknown, when not given."""
 
     def options(self, num_points: int) -> dict[str, Any]:
         """Arguments of `load_point_cloud`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from pointalign.answering.answerer import Answerer, about_cloud
 from pointalign.data.files import PointCloud
 from pointalign.errors import ConfigError, DataError
 from pointalign.evaluation.judges import CLASS_STEM, label_log_likelihoods
+from pointalign.models.processing import PointAlignProcessor
 from pointalign.options import Decoding
 
 SHORT = Decoding(max_new_tokens=9)
@@ -49,6 +51,16 @@ def test_a_read_cloud_and_its_array_are_the_same(answerer: Answerer) -> None:
     assert torch.equal(answerer.prepare(plain), answerer.prepare(points[:, :3]))
     with pytest.raises(DataError, match=r"^x.ply: the cloud has 3 points"):
         answerer.prepare(PointCloud(points[:3, :3], None, "x.ply"))
+
+
+def test_a_model_that_was_told_of_sizes_reads_the_unit(answerer: Answerer, tokenizer: Any) -> None:
+    xyz = np.array([[0, 0, 0], [0, 3, 0]], dtype=np.float32).repeat(30, axis=0)
+    sized = PointAlignProcessor(tokenizer, num_points=60, num_point_tokens=5, min_points=6, metric_size=True)
+    read = PointCloud(xyz, None, "x.glb", unit=0.1)
+    told = Answerer(answerer.model, sized).prepare(read)
+    torch.testing.assert_close(told[:, 6], torch.full((60,), 0.15))
+    assert not Answerer(answerer.model, sized).prepare(replace(read, unit=None))[:, 6].any()
+    assert answerer.prepare(read).shape[1] == 6
 
 
 def test_an_answer_stops_at_the_end_symbol_and_says_so(answerer: Answerer, prepared: list[Any]) -> None:

@@ -37,10 +37,8 @@ def same(first: PointCloud | DataError, second: PointCloud | DataError) -> bool:
         return str(first) == str(second)
     if (first.colors is None) != (second.colors is None):
         return False
-    return np.array_equal(first.array(), second.array()) and (first.source, first.notes) == (
-        second.source,
-        second.notes,
-    )
+    told, told_again = ((cloud.source, cloud.notes, cloud.unit) for cloud in (first, second))
+    return np.array_equal(first.array(), second.array()) and told == told_again
 
 
 @pytest.mark.parametrize("ahead", [1, 20])
@@ -56,7 +54,11 @@ def test_processes_read_what_is_read_here(files: list[str], ahead: int) -> None:
 
 def test_clouds_survive_the_way_between_processes() -> None:
     points = np.random.default_rng(0).random((7, 3)).astype(np.float32)
-    for cloud in (PointCloud(points, None, "a", ("x", "y")), PointCloud(points, points, "b"), DataError("no\ngood")):
+    for cloud in (
+        PointCloud(points, None, "a", ("x", "y")),
+        PointCloud(points, points, "b", unit=0.01),
+        DataError("no\ngood"),
+    ):
         stream = io.BytesIO()
         send_cloud(stream, cloud)
         stream.seek(0)

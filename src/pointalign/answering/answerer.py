@@ -56,7 +56,7 @@ class Answerer:
         if not isinstance(cloud, PointCloud):
             return self.processor.prepare_points(cloud)
         try:
-            return self.processor.prepare_points(cloud.array(self.processor.missing_color))
+            return self.processor.prepare_points(cloud.sized_array(self.processor.missing_color))
         except DataError as error:
             raise DataError(f"{cloud.source}: {error}") from error
 

@@ -39,6 +39,7 @@ def send_cloud(stream: BinaryIO, cloud: PointCloud | DataError) -> None:
         return
     colors = () if cloud.colors is None else (np.ascontiguousarray(cloud.colors, np.float32).tobytes(),)
     head = {"points": len(cloud), "colored": bool(colors), "source": cloud.source, "notes": cloud.notes}
+    head["unit"] = cloud.unit
     _send(stream, head, np.ascontiguousarray(cloud.points, np.float32).tobytes(), *colors)
 
 
@@ -61,7 +62,7 @@ def receive_cloud(stream: BinaryIO) -> PointCloud | DataError:
         return DataError(head["error"])
     points, colors = (_numbers(stream, head["points"]) if there else None for there in (True, head["colored"]))
     assert points is not None
-    return PointCloud(points, colors, head["source"], tuple(head["notes"]))
+    return PointCloud(points, colors, head["source"], tuple(head["notes"]), head["unit"])
 
 
 def _numbers(stream: BinaryIO, rows: int) -> np.ndarray:

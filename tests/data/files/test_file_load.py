@@ -51,6 +51,17 @@ def test_formats_are_known_by_their_first_bytes(folder: Path, tmp_path: Path, na
     np.testing.assert_array_equal(same.points, again.points)
 
 
+def test_the_unit_is_what_the_format_fixes_or_the_user_says(folder: Path) -> None:
+    assert load_point_cloud(folder / "square.glb", n_points=16).unit == 1
+    assert load_point_cloud(folder / "square.glb", n_points=16, unit=0.001).unit == 0.001
+    assert load_point_cloud(folder / "square.glb", n_points=16, unit=0).unit is None, "not to be known"
+    assert load_point_cloud(folder / "plain.xyz", n_points=16).unit is None
+    assert load_point_cloud(folder / "plain.xyz", n_points=16, unit=0.01).unit == 0.01
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(DataError, match="the unit of coordinates is a number of metres"):
+            load_point_cloud(folder / "plain.xyz", unit=wrong)
+
+
 def test_standard_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, format in (("square.glb", None), ("plain.xyz", "xyz"), ("packed.laz", None), ("two.npz", None)):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(FILES[name])))

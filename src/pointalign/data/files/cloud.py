@@ -19,12 +19,14 @@ class PointCloud:
         colors: (N, 3) float32 sRGB in [0, 1], or None where the file has no colour.
         source: the file.
         notes: what was found and done, one short sentence each, for people.
+        unit: of xyz in metres; None where it is not known.
     """
 
     points: np.ndarray
     colors: np.ndarray | None
     source: str
     notes: tuple[str, ...] = ()
+    unit: float | None = None
 
     def __len__(self) -> int:
         return len(self.points)
@@ -61,3 +63,8 @@ class PointCloud:
         if cloud.colors is None:
             return cloud.points.copy()
         return np.concatenate([cloud.points, cloud.colors], axis=1)
+
+    def sized_array(self, missing_color: Sequence[float]) -> np.ndarray:
+        """(N, 7) float32: xyz, rgb as in `array`, and the unit of xyz in metres in every row, 0 where it is not known."""
+        unit = np.full((len(self), 1), self.unit or 0, dtype=np.float32)
+        return np.concatenate([self.array(missing_color), unit], axis=1)

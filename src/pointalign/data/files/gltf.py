@@ -40,7 +40,7 @@ class _Reader:
         self.name = source.name
         self.companions, self.pictures = Companions(source), Pictures(source.name)
         self.document = Document(source, self.companions)
-        self.surface = Surface(up="y")
+        self.surface = Surface(up="y", unit=1.0)
         self.points: list[tuple[np.ndarray, np.ndarray | None]] = []
         self.skipped = 0
 

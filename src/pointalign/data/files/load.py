@@ -61,6 +61,7 @@ def load_point_cloud(
     format: str | None = None,
     columns: Sequence[str] | None = None,
     color_max: float | None = None,
+    unit: float | None = None,
 ) -> PointCloud:
     """Read any 3D file as a coloured point cloud; the same file and arguments give the same points.
 
@@ -78,6 +79,8 @@ def load_point_cloud(
         columns: names of a cloud's columns where they have none or wrong ones, for instance
             ("x", "y", "z", "nx", "ny", "nz"); "-" leaves one out.
         color_max: the colour value that means full, where the values do not tell.
+        unit: of the file's coordinates in metres, for instance 0.001; 0 where it is not to be known. None takes what the
+            format fixes (glTF 1) and leaves the size unknown where it fixes nothing.
 
     Raises:
         DataError: when the file is missing, broken, empty, too large, or what it holds cannot be told.
@@ -87,16 +90,18 @@ def load_point_cloud(
         raise DataError(f"cannot give {n_points} points; ask for 1 to {MAX_WANTED:,}")
     if up not in (None, "y", "z"):
         raise DataError(f"up is 'y' or 'z', not {up!r}")
+    if unit is not None and not 0 <= unit < np.inf:
+        raise DataError(f"the unit of coordinates is a number of metres, not {unit}; give 0.001 for millimetres")
     # Numbers that overflow are found by what they lead to.
     with open_source(path, format) as source, failures_told(source.name), np.errstate(all="ignore"):
         content = _read(source, columns)
         if isinstance(content, Surface):
             cloud = _from_surface(content, n_points, seed, source.name)
-            axis = up or content.up
+            axis, fixed = up or content.up, content.unit
         else:
             cloud = read_table(content, KEPT_PER_POINT * n_points, seed, source.name, color_max)
-            axis = up
-        return _finished(cloud, n_points, axis, source)
+            axis, fixed = up, None
+        return _finished(cloud, n_points, axis, fixed if unit is None else unit, source)
 
 
 def _read(source: Source, columns: Sequence[str] | None) -> Surface | Table:
@@ -136,7 +141,7 @@ def _from_surface(surface: Surface, n_points: int, seed: int, where: str) -> Clo
     return Cloud(drawn.points[:, :3], drawn.points[:, 3:], [*notes, told])
 
 
-def _finished(cloud: Cloud, n_points: int, up: str | None, source: Source) -> PointCloud:
+def _finished(cloud: Cloud, n_points: int, up: str | None, unit: float | None, source: Source) -> PointCloud:
     """Turn up what is up, keep the digits, and cut to the points that are spread best."""
     notes, xyz = list(cloud.notes), cloud.xyz
     if up == "z":
@@ -157,4 +162,4 @@ def _finished(cloud: Cloud, n_points: int, up: str | None, source: Source) -> Po
         chosen = farthest_point_sample(torch.from_numpy(points)[None], n_points)[0].numpy()
         points, colors = points[chosen], None if colors is None else colors[chosen]
         notes.append(f"cut to {n_points:,} by farthest point sampling")
-    return PointCloud(points, colors, str(source.path or source.name), tuple(map(printable, notes)))
+    return PointCloud(points, colors, str(source.path or source.name), tuple(map(printable, notes)), unit or None)

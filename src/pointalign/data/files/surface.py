@@ -121,6 +121,7 @@ class Surface:
         parts: the pieces with faces.
         points: (N, 3) or (N, 6), rgb in [0, 1]: points that belong to no face.
         up: the axis that points up where the format says so: "y" or "z".
+        unit: of coordinates in metres, where the format says so.
         notes: what the reader has to say.
         num_faces, num_vertices: of all parts.
     """
@@ -128,6 +129,7 @@ class Surface:
     parts: list[Part] = field(default_factory=list)
     points: np.ndarray = field(default_factory=lambda: np.empty((0, 3)))
     up: str | None = None
+    unit: float | None = None
     notes: list[str] = field(default_factory=list)
     num_faces: int = 0
     num_vertices: int = 0
