@@ -311,11 +311,12 @@ def changes_base(model: PointAlignForConditionalGeneration) -> bool:
 def cast_frozen(model: PointAlignForConditionalGeneration) -> None:
     """Keep the language model's frozen matrices in bfloat16, as they are multiplied; what trains stays float32.
 
-    Vectors stay too: a norm cannot have its weight in one precision and its bias in another.
+    Vectors stay too: a norm cannot have its weight in one precision and its bias in another. They are copied, because one
+    that still lies in the mapped file of weights keeps the whole file in memory.
     """
     for parameter in model.language_model.parameters():
-        if not parameter.requires_grad and parameter.ndim >= 2:
-            parameter.data = parameter.data.to(torch.bfloat16)
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16) if parameter.ndim >= 2 else parameter.data.clone()
 
 
 def _summary(recipe: Recipe, folder: RunFolder, counts: dict[str, int] | None, seconds: float) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from pointalign.data.conversations import Collator, ConversationDataset
 from pointalign.data.mixture import MixtureBatchSampler
 from pointalign.errors import CheckpointError, ConfigError, PointAlignError
 from pointalign.models.checkpoint import load_into, load_weights_file
+from pointalign.models.packing import packed_positions, packing_attention
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
+from pointalign.progress import say
 from pointalign.released import released_alignment_mask
 
 TRAINABLE_FILE = "trainable.safetensors"
@@ -202,13 +204,32 @@ class AlignmentTrainer(RecipeTrainer):
     Args:
         regularizer: attached to the model, or None for plain fine-tuning.
         target: what the point tokens are aligned with, see `alignment_target`.
+        packing: lay conversations end to end instead of padding them, if the language model keeps them apart.
         kwargs: passed to `RecipeTrainer`.
     """
 
-    def __init__(self, regularizer: AlignmentRegularizer | None = None, target: str = "qformer", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        regularizer: AlignmentRegularizer | None = None,
+        target: str = "qformer",
+        packing: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.regularizer, self.target = regularizer, target
+        self.regularizer, self.target, self.packing = regularizer, target, packing
         self._num_point_tokens: Tensor | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, on packed conversations where that is asked for and can be."""
+        if not self.packing:
+            return super().train(*args, **kwargs)
+        model: Any = self.accelerator.unwrap_model(self.model)  # pyright: ignore[reportArgumentType]
+        with packing_attention(model.language_model, bf16=bool(self.args.bf16)) as possible:
+            if possible:
+                self.data_collator.packing = packed_positions  # pyright: ignore
+            else:
+                say("this language model does not keep packed conversations apart; they are padded instead")
+            return super().train(*args, **kwargs)
 
     def count_items(self, batches: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """The number of labels over all processes; the number of point tokens is kept for the second loss."""
@@ -239,7 +260,7 @@ class AlignmentTrainer(RecipeTrainer):
             if name in features:
                 inputs[name] = features[name]
                 break
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
         world = self.args.world_size
         loss = outputs.loss * world
         self.add_to_log(lm_loss=loss)
@@ -311,6 +332,7 @@ def build_trainer(
     return AlignmentTrainer(
         regularizer=regularizer,
         target=recipe.alignment.target,
+        packing=recipe.packing and not recipe.as_released,
         batches=mixture(dataset, recipe),
         settings=recipe.optimizer,
         model=model,

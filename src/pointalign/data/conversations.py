@@ -8,6 +8,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -301,36 +302,58 @@ class ConversationDataset(Dataset):
 
 
 class Collator:
-    """Joins samples into a batch: right-padded ids, labels, the positions that carry a label, and the points' tensors.
+    """Joins samples into a batch: ids, labels, the positions that carry a label, and the points' tensors.
 
     Args:
         processor: pads and knows the point token.
-        alignment_positions: from a batch's labels (B, L) to the positions that are aligned; the point tokens when not
+        alignment_positions: from a padded batch's labels (B, L) to the positions that are aligned; the point tokens when not
             given.
+        packing: from the conversations' lengths to the arguments that tell a packed model where each begins; they are then
+            laid end to end in one row, and without it each is a row of its own, padded on the right.
     """
 
-    def __init__(self, processor: Any, alignment_positions: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.processor, self.alignment_positions = processor, alignment_positions
+    def __init__(
+        self,
+        processor: Any,
+        alignment_positions: Callable[[Tensor], Tensor] | None = None,
+        packing: Callable[[Sequence[int]], dict[str, Any]] | None = None,
+    ) -> None:
+        self.processor, self.alignment_positions, self.packing = processor, alignment_positions, packing
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Samples of `ConversationDataset` as one batch.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` (B, L); `logits_to_keep`, the positions whose next token is a label in
-            some row; `alignment_mask` (B, L), true where hidden states are aligned; and each of the points' tensors, stacked.
+            `input_ids`, `labels` (B, L); `logits_to_keep`, the positions whose next token is a label in some row;
+            `alignment_mask` (B, L), true where hidden states are aligned; each of the points' tensors, stacked; and
+            `attention_mask` (B, L), or for packed conversations, where B is 1, what `packing` gives.
         """
-        ids = [sample["input_ids"] for sample in samples]
-        input_ids = self.processor.pad(ids, side="right")
-        labels = self.processor.pad([sample["labels"] for sample in samples], side="right", value=-100)
+        ids, labels = [sample["input_ids"] for sample in samples], [sample["labels"] for sample in samples]
+        batch = self._padded(ids, labels) if self.packing is None else self._packed(ids, labels, self.packing)
+        batch["logits_to_keep"] = (batch["labels"][:, 1:] != -100).any(dim=0).nonzero().flatten()
         positions = self.alignment_positions
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": self.processor.pad([[1] * len(row) for row in ids], side="right", value=0),
-            "labels": labels,
-            "logits_to_keep": (labels[:, 1:] != -100).any(dim=0).nonzero().flatten(),
-            "alignment_mask": positions(labels) if positions else input_ids == self.processor.point_token_id,
-        }
+        batch["alignment_mask"] = (
+            positions(batch["labels"]) if positions else batch["input_ids"] == self.processor.point_token_id
+        )
         clouds = [cloud for sample in samples for cloud in sample["points"]]
         if clouds:
             batch.update({name: torch.stack([cloud[name] for cloud in clouds]) for name in clouds[0]})
         return batch
+
+    def _padded(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
+        return {
+            "input_ids": self.processor.pad(ids, side="right"),
+            "attention_mask": self.processor.pad([[1] * len(row) for row in ids], side="right", value=0),
+            "labels": self.processor.pad(labels, side="right", value=-100),
+        }
+
+    def _packed(
+        self, ids: list[list[int]], labels: list[list[int]], packing: Callable[[Sequence[int]], dict[str, Any]]
+    ) -> dict[str, Any]:
+        # A conversation's first token is no label: nothing of its own comes before it.
+        own = [[-100, *row[1:]] for row in labels]
+        return {
+            "input_ids": torch.tensor([list(chain.from_iterable(ids))]),
+            "labels": torch.tensor([list(chain.from_iterable(own))]),
+            **packing([len(row) for row in ids]),
+        }

@@ -25,6 +25,7 @@ import pointalign.models.phi  # noqa: F401  (a saved model may hold the variant,
 from pointalign.errors import DataError
 from pointalign.models.checkpoint import load_own_weights, merge_adapters, save_own_weights
 from pointalign.models.connector import ConnectorConfig, QFormerConnector, build_connector, rest_frozen
+from pointalign.models.losses import IGNORED, summed_cross_entropy
 from pointalign.models.point_encoder import PointEncoder, PointEncoderConfig
 
 
@@ -292,16 +293,14 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _next_token_loss(
         self, logits: Tensor, labels: Tensor, kept: int | Tensor, num_items: Tensor | int | None
     ) -> Tensor:
-        shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if isinstance(kept, Tensor):
             shifted = shifted[:, kept]
         elif kept:
             shifted = shifted[:, -kept:]
-        reduction = "mean" if num_items is None else "sum"
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), shifted.flatten().to(logits.device), ignore_index=-100, reduction=reduction
-        )
-        return loss if num_items is None else loss / num_items
+        shifted = shifted.flatten().to(logits.device)
+        count = (shifted != IGNORED).sum() if num_items is None else num_items
+        return summed_cross_entropy(logits.flatten(0, 1), shifted) / count
 
     @torch.no_grad()
     def generate(

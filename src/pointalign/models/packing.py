@@ -1,0 +1,180 @@
+"""Packed conversations: one after another in a single row, without padding, and without a word passing between them.
+
+transformers keeps packed conversations apart by their position ids, whatever the attention: flash attention takes them as
+they are, everything else gets a mask of (tokens x tokens). On a CPU that mask costs more than the padding did, and PyTorch's
+fused kernel is slow at going back in bfloat16, so `packed_attention` gives each conversation a row of its own for the
+attention alone, and plain products do the rest. Letters: S conversations, L the longest one, T tokens, H heads, G key heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+
+CPU_ATTENTION = "pointalign_packed"
+
+
+def packed_positions(lengths: Sequence[int]) -> dict[str, Any]:
+    """What tells a language model of transformers where packed conversations begin.
+
+    Args:
+        lengths: tokens of each conversation, in order.
+
+    Returns:
+        `position_ids` (1, T), which begin again at 0, and the arguments of flash attention: `cu_seq_lens_q` and
+        `cu_seq_lens_k` (S + 1,), where each begins and the last one ends, and `max_length_q` and `max_length_k`.
+    """
+    ends = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return {
+        "position_ids": positions.unsqueeze(0),
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+class _BiasedSoftmax(torch.autograd.Function):
+    """softmax(scores * scale + bias) in float32, kept for the way back in the scores' own precision."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, bias: Tensor, scale: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        values = scores.to(torch.float32, copy=True).mul_(scale).add_(bias)
+        weights = values.softmax(dim=-1).to(scores.dtype)
+        ctx.save_for_backward(weights)
+        ctx.scale = scale
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weights = ctx.saved_tensors[0].float()
+        product = gradient.float() * weights
+        product.sub_(weights.mul_(product.sum(dim=-1, keepdim=True)))
+        return product.mul_(ctx.scale).to(gradient.dtype), None, None
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each packed conversation, called as transformers' attention functions are.
+
+    Args:
+        module: the attention layer; dropout is drawn while it trains.
+        query: (1, H, T, D).
+        key: (1, G, T, D), G a divisor of H; as value.
+        value: see key.
+        attention_mask: not used; conversations are told apart by their ends.
+        dropout: of the attention weights.
+        scaling: of the products; 1 / sqrt(D) when not given.
+        sliding_window: how many tokens back a token sees, itself included; all when not given.
+        kwargs: of `packed_positions`, `cu_seq_lens_q` and `max_length_q`; others are not used.
+
+    Returns:
+        (1, T, H, D), and no weights.
+    """
+    ends, length = kwargs["cu_seq_lens_q"].long(), int(kwargs["max_length_q"])
+    count, groups, tokens, width = len(ends) - 1, key.shape[1], key.shape[2], query.shape[3]
+    shifts = torch.arange(count, device=ends.device) * length - ends[:-1]
+    places = torch.arange(tokens, device=ends.device) + shifts.repeat_interleave(ends.diff(), output_size=tokens)
+
+    def rows(tensor: Tensor) -> Tensor:
+        """(1, heads, T, D) to (S * G, heads / G * L, D): heads that share a key lie below each other."""
+        flat = tensor[0].transpose(0, 1).flatten(1)
+        padded = flat.new_zeros(count * length, flat.shape[1]).index_copy(0, places, flat)
+        heads = padded.view(count, length, groups, -1, width).permute(0, 2, 3, 1, 4)
+        return heads.reshape(count * groups, -1, width)
+
+    back = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
+    unseen = back < 0 if sliding_window is None else (back < 0) | (back >= sliding_window)
+    bias = torch.zeros(length, length, device=query.device).masked_fill(unseen, float("-inf"))
+    scores = torch.bmm(rows(query), rows(key).transpose(1, 2)).unflatten(1, (-1, length))
+    weights: Any = _BiasedSoftmax.apply(scores, bias, width**-0.5 if scaling is None else scaling)
+    if module.training and dropout:
+        weights = F.dropout(weights, dropout)
+    attended = torch.bmm(weights.flatten(1, 2), rows(value)).view(count, groups, -1, length, width)
+    heads = attended.permute(0, 3, 1, 2, 4).reshape(count * length, -1)
+    return heads.index_select(0, places).view(1, tokens, -1, width), None
+
+
+AttentionInterface.register(CPU_ATTENTION, packed_attention)
+
+
+@contextmanager
+def packing_attention(language_model: Any, bf16: bool) -> Iterator[bool]:
+    """While this lasts, a language model attends to packed conversations; tells whether it keeps them apart.
+
+    Its attention is replaced by `packed_attention` where that is faster. Whether conversations stay apart is tried out, not
+    known by name: models without attention, with positions of their own, or that take no position ids do not.
+
+    Args:
+        language_model: any causal language model of transformers, inside peft or not.
+        bf16: whether it is run in mixed precision.
+    """
+    base: Any = language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
+    own = base.config._attn_implementation
+    try:
+        if own == "sdpa" and base.device.type == "cpu":
+            base.set_attn_implementation(CPU_ATTENTION)
+            if keeps_apart(language_model, bf16):
+                yield True
+                return
+            base.set_attn_implementation(own)
+        yield keeps_apart(language_model, bf16)
+    finally:
+        if base.config._attn_implementation != own:
+            base.set_attn_implementation(own)
+
+
+@torch.no_grad()
+def keeps_apart(language_model: Any, bf16: bool) -> bool:
+    """Whether packed conversations give what each gives alone, and none of them feels another.
+
+    Args:
+        language_model: any causal language model of transformers, inside peft or not.
+        bf16: whether it is run in mixed precision.
+    """
+    device, vocabulary = language_model.device, language_model.get_input_embeddings().weight.shape[0]
+    first, second = torch.arange(7) % vocabulary, torch.arange(5).flip(0) % vocabulary
+    modes = [(module, module.training) for module in language_model.modules()]
+    language_model.eval()
+
+    def logits(*conversations: Tensor) -> Tensor:
+        """Of the last conversation."""
+        places = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in packed_positions([len(ids) for ids in conversations]).items()
+        }
+        ids = torch.cat(conversations).unsqueeze(0).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            embeds = language_model.get_input_embeddings()(ids)
+            output = language_model(inputs_embeds=embeds, use_cache=False, **places)
+        return output.logits[0, -len(conversations[-1]) :].float()
+
+    try:
+        packed, alone = logits(first, second), logits(second)
+        other = logits((first + 1) % vocabulary, second)
+    except (TypeError, ValueError, KeyError):  # it does not take such arguments
+        return False
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    apart = (packed - alone).abs().max() <= (0.05 if bf16 else 1e-3) * alone.abs().max()
+    return bool(apart) and torch.equal(packed, other)

@@ -1,0 +1,157 @@
+"""Packed conversations: the losses and gradients of padded ones, and nothing passes from one to another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_language_models import MODELS
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig
+
+from pointalign.alignment import AlignmentRegularizer
+from pointalign.config import LoraSettings
+from pointalign.data.conversations import Collator
+from pointalign.models.packing import CPU_ATTENTION, keeps_apart, packed_positions, packing_attention
+from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
+from pointalign.parts import add_lora
+from randomness import randomize
+
+POINT, CLOUD = 259, [259] * 5
+CONVERSATIONS = [
+    ([257, *CLOUD, 10, 11, 12, 13, 14, 258], 8),
+    ([257, 20, *CLOUD, 21, *range(30, 50), 258], 9),
+    ([257, 7, 258], 0),  # a label at its first token, and no cloud
+    ([257, *CLOUD, 40, *CLOUD, 41, 42, 258], 13),
+]
+
+
+def whole_model(config: Any, build_model: Any) -> Any:
+    """A tiny PointAlign around a language model in LoRA, everything random, everything trains."""
+    sizes = build_model().config
+    model = PointAlignForConditionalGeneration(
+        PointAlignConfig(
+            point_encoder_config=sizes.point_encoder_config.to_dict(),
+            connector_config=sizes.connector_config.to_dict(),
+            text_config=config.to_dict(),
+            point_token_id=POINT,
+        )
+    )
+    randomize(model, 4)
+    add_lora(model, LoraSettings(rank=2, alpha=4, dropout=0.0), train_norms=True)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(".original_module." not in name)
+            if ".lora_B." in name:
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    return model.eval()
+
+
+def samples(clouds: Tensor) -> list[dict[str, Any]]:
+    """As `ConversationDataset` gives them; the last one is about two clouds."""
+    given = iter(clouds)
+    return [
+        {
+            "input_ids": ids,
+            "labels": [-100] * start + ids[start:],
+            "points": [{"point_clouds": next(given)} for _ in range(ids.count(POINT) // len(CLOUD))],
+        }
+        for ids, start in CONVERSATIONS
+    ]
+
+
+def run(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor], Any]:
+    """Next-token loss, alignment loss, all gradients of their sum, and the output."""
+    regularizer = AlignmentRegularizer(32, 24, layers=[2], seed=1).attach(model)
+    model.zero_grad()
+    output = model(**batch, alignment_target=lambda output: output.points.qformer_output, use_cache=False)
+    alignment = regularizer.take().mean
+    (output.loss + 0.5 * alignment).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    regularizer.detach()
+    return output.loss.detach(), alignment.detach(), gradients, output
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def named_model(request: pytest.FixtureRequest, build_model: Any) -> Any:
+    return whole_model(MODELS[request.param], build_model)
+
+
+@pytest.mark.parametrize("own_attention", [True, False], ids=["own attention", "packed attention"])
+def test_packed_equals_padded(named_model: Any, processor: Any, clouds: Tensor, own_attention: bool) -> None:
+    padded = run(named_model, Collator(processor)(samples(clouds)))
+    batch = Collator(processor, packing=packed_positions)(samples(clouds))
+    assert batch["input_ids"].shape == (1, sum(len(ids) for ids, _ in CONVERSATIONS))
+    assert int(batch["alignment_mask"].sum()) == 4 * len(CLOUD)
+    base = named_model.language_model.get_base_model()
+    own = base.config._attn_implementation  # Gemma 2 caps its scores, for which transformers has no fused attention
+    assert own == ("eager" if base.config.model_type == "gemma2" else "sdpa")
+    if own_attention:
+        packed = run(named_model, batch)
+    else:
+        with packing_attention(named_model.language_model, bf16=False) as possible:
+            assert possible
+            assert base.config._attn_implementation == (CPU_ATTENTION if own == "sdpa" else own)
+            packed = run(named_model, batch)
+    assert base.config._attn_implementation == own
+    torch.testing.assert_close(packed[0], padded[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(packed[1], padded[1], rtol=1e-5, atol=0)
+    assert packed[2].keys() == padded[2].keys()
+    assert sum(".lora_" in name for name in packed[2]) > 16
+    for name, gradient in packed[2].items():
+        torch.testing.assert_close(gradient, padded[2][name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_no_conversation_feels_another(named_model: Any, processor: Any, clouds: Tensor) -> None:
+    """Other words and another cloud in the second one: every other logit stays to the last bit, its own do not."""
+    lengths = [len(ids) for ids, _ in CONVERSATIONS]
+    before, after = samples(clouds), samples(clouds)
+    after[1]["input_ids"] = [token + 1 if 30 <= token < 50 else token for token in after[1]["input_ids"]]
+    after[1]["points"] = [{"point_clouds": clouds[1].flip(1)}]
+    with packing_attention(named_model.language_model, bf16=False), torch.no_grad():
+        logits = []
+        for given in (before, after):
+            batch = Collator(processor, packing=packed_positions)(given)
+            del batch["alignment_mask"], batch["logits_to_keep"], batch["labels"]
+            logits.append(named_model(**batch, use_cache=False).logits[0].split(lengths))
+    for number, (one, other) in enumerate(zip(*logits, strict=True)):
+        assert torch.equal(one, other) == (number != 1)
+
+
+def test_a_model_that_cannot_is_found_out() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 260, "hidden_size": 32, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    recurrent = AutoModelForCausalLM.from_config(MambaConfig(**sizes, num_hidden_layers=2))
+    alibi = AutoModelForCausalLM.from_config(BloomConfig(**sizes, n_layer=2, n_head=4))
+    learned = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
+    )
+    learned.train()
+    found = {}
+    for name, model in (("recurrent", recurrent), ("alibi", alibi), ("learned", learned)):
+        with packing_attention(model, bf16=False) as possible:
+            found[name] = possible
+    assert found == {"recurrent": False, "alibi": False, "learned": True}
+    assert learned.training
+    assert learned.transformer.h[0].attn.training
+
+
+def test_positions_that_run_on_are_not_apart(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial sees what it is there to see: conversations that are told to be one."""
+    assert keeps_apart(model.language_model, bf16=False)
+    assert keeps_apart(model.language_model, bf16=True)
+    one = lambda lengths: packed_positions([sum(lengths)])  # noqa: E731
+    monkeypatch.setattr("pointalign.models.packing.packed_positions", one)
+    assert not keeps_apart(model.language_model, bf16=False)
+    assert not keeps_apart(model.language_model, bf16=True)
+
+
+def test_dropout_of_attention_is_drawn_in_training(build_model: Any) -> None:
+    model = build_model(attention_dropout=0.5).language_model
+    ids, places = torch.arange(9).unsqueeze(0), packed_positions([4, 5])
+    with packing_attention(model, bf16=False), torch.no_grad():
+        still = model(input_ids=ids, use_cache=False, **places).logits
+        assert torch.equal(model(input_ids=ids, use_cache=False, **places).logits, still)
+        model.train()
+        assert not torch.equal(model(input_ids=ids, use_cache=False, **places).logits, still)
