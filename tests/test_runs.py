@@ -331,15 +331,23 @@ def test_the_resolved_recipe_holds_every_setting(unbroken: Path) -> None:
 def test_a_packed_run_is_the_padded_one(
     start: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no dropout is drawn, the losses of every step and the trained weights are the same but for rounding."""
+    """Where no dropout is drawn, the losses of every step are the same but for rounding."""
     monkeypatch.setenv("POINTALIGN_CACHE", str(cache))
+    shapes: list[Any] = []
+    forward = PointAlignForConditionalGeneration.forward
+
+    def watched(model: Any, **inputs: Any) -> Any:
+        shapes.append(len(inputs["input_ids"]))
+        return forward(model, **inputs)
+
+    monkeypatch.setattr(PointAlignForConditionalGeneration, "forward", watched)
     changes: dict[str, Any] = {"lora": {"rank": 2, "alpha": 4, "dropout": 0.0}, "logging_steps": 1}
     runs = {name: tmp_path / name for name in ("packed", "padded")}
     for name, run in runs.items():
         train(tiny_recipe(start, packing=name == "packed", **changes), run)
-    lines = [RunFolder(run).metrics() for run in runs.values()]
-    assert len(lines[0]) == STEPS
-    for packed, padded in zip(*lines, strict=True):
-        for loss in ("lm_loss", "alignment_loss"):
-            assert packed[loss] == pytest.approx(padded[loss], rel=2e-4)
-        assert packed != padded, "rounding differs, so these are two ways"
+    assert shapes[:STEPS] == [1] * STEPS
+    assert set(shapes[STEPS:]) == {2, 4}
+    packed, padded = (RunFolder(run).metrics() for run in runs.values())
+    assert len(packed) == STEPS
+    for loss in ("lm_loss", "alignment_loss", "grad_norm"):
+        assert [line[loss] for line in packed] == pytest.approx([line[loss] for line in padded], rel=2e-4)
