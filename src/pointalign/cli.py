@@ -89,6 +89,8 @@ class Evaluate:
     """Root of the field's files, see docs/data.md."""
     val_objects: Literal[200, 3000] = 200
     """Held-out Objaverse objects: the 200 of the published tables, or all 3000."""
+    held_out: str = "test"
+    """Which of the bundled objects: test; fold-0 to fold-4; validation-0 to validation-4, as in the recipe's data.held_out."""
     clouds: Path | None = None
     """Your own data: folder of {object_id}.npy or other 3D files."""
     truth: Path | None = None
@@ -122,7 +124,7 @@ class Evaluate:
             benchmarks=tuple(self.benchmark),
             judge=self.judge,
             judge_options=vars(self.settings),
-            sources=Sources(self.data, self.val_objects, self.clouds, self.truth, self.classes),
+            sources=Sources(self.data, self.val_objects, self.clouds, self.truth, self.classes, self.held_out),
             limit=self.limit,
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,

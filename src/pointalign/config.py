@@ -150,6 +150,9 @@ class DataSettings:
     """A file that `pointalign data extra` built; its objects join household's training side."""
     instructions: list[str] = field(default_factory=list)
     """PointLLM-format JSON files, for a folder of clouds."""
+    held_out: str = "test"
+    """Household's objects that are not trained on: test (100 objects); fold-0 to fold-4 of all 820; or validation-0 to
+    validation-4 of the training side, for choosing settings."""
     skip_missing: bool = False
     """Train without the objects that have no cloud, and list them in the run's missing_clouds.txt; else refuse."""
     sets: list[DataSet] = field(default_factory=lambda: [DataSet()])

@@ -26,8 +26,8 @@ from pointalign.data.household import (
 )
 from pointalign.data.household_build import build_household, thin_clouds
 from pointalign.data.household_catalog import COLLECTIONS, NOTICE_MARK, parse_properties
-from pointalign.data.household_split import assign_splits, family_folds, near_duplicates
-from pointalign.errors import DataError
+from pointalign.data.household_split import assign_splits, family_folds, household_sides, near_duplicates
+from pointalign.errors import ConfigError, DataError
 from pointalign.geometry import farthest_point_sample, normalize_point_cloud
 
 REAL_SOURCE = Path("/usr/share/sweethome3d/furniture")
@@ -302,3 +302,26 @@ def test_points_with_their_unit_have_the_objects_size():
         extents = np.ptp(sized[:, :3], axis=0) * sized[0, 6] * 100
         np.testing.assert_allclose(extents.max(), max(thing.size_cm), rtol=1e-5)
         np.testing.assert_allclose(extents, thing.size_cm, rtol=0.12, atol=2)
+
+
+def test_what_is_held_out_shares_no_family_with_what_is_trained_on():
+    everything = {thing.id for thing in load_household()}
+    test = {thing.id for thing in load_household("test")}
+    for kind, whole in (("fold", everything), ("validation", everything - test)):
+        parts = [household_sides(f"{kind}-{number}") for number in range(5)]
+        for train, held in parts:
+            assert {thing.id for thing in train}.isdisjoint(thing.id for thing in held)
+            assert {thing.id for thing in [*train, *held]} == whole
+            assert {thing.family for thing in train}.isdisjoint(thing.family for thing in held)
+            assert abs(len(held) - len(whole) / 5) < 20
+        assert sorted(thing.id for _, held in parts for thing in held) == sorted(whole)
+    train, held = household_sides()
+    assert (len(train), {thing.id for thing in held}) == (720, test)
+
+
+@pytest.mark.parametrize("part", ["train", "fold-5", "fold", "validation-x", ""])
+def test_unknown_parts_are_refused(part):
+    with pytest.raises(
+        ConfigError, match=f"no part '{part}' of household to hold out; known are test, fold-0 to fold-4"
+    ):
+        household_sides(part)

@@ -10,6 +10,7 @@ import pytest
 from pointalign.config import DataSet, DataSettings
 from pointalign.data.conversations import CONVERSATION_TYPES
 from pointalign.data.household import MISSING_COLOR, load_household
+from pointalign.data.household_split import household_sides
 from pointalign.data.objaverse import BROKEN_OBJECTS, NumpyClouds
 from pointalign.data.pack import pack_clouds
 from pointalign.data.packed import PackedClouds
@@ -215,3 +216,10 @@ def test_extra_objects_elsewhere_are_refused(world, tmp_path):
         open_training_data(replace(world, extra="extra.parquet"))
     with pytest.raises(DataError, match="absent"):
         open_training_data(DataSettings(extra=str(tmp_path / "absent.parquet")))
+
+
+def test_a_fold_that_is_held_out_is_not_trained_on():
+    held = {thing.id for thing in household_sides("fold-1")[1]}
+    _, conversations = open_training_data(DataSettings(held_out="fold-1"))
+    assert held.isdisjoint(conversations.object_ids)
+    assert len(set(conversations.object_ids)) == 820 - len(held)

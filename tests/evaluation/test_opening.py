@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pointalign.data.household_split import household_sides
 from pointalign.data.modelnet import CLASS_NAMES
 from pointalign.errors import ConfigError, DataError
 from pointalign.evaluation.opening import BENCHMARKS, Sources, open_benchmark
@@ -247,3 +248,12 @@ def test_other_mistakes(own: Path) -> None:
         open_benchmark("own-captioning", Sources(clouds=own))
     assert read_classes(own / "classes.txt") == ["chair", "lamp", "table"]
     assert len(BENCHMARKS) == 7
+
+
+def test_a_fold_of_household_is_a_benchmark_of_its_own() -> None:
+    fold = open_benchmark("household-classification", Sources(held_out="fold-3"))
+    assert fold.name == "household-classification-fold-3"
+    assert [item.object_id for item in fold.items] == [thing.id for thing in household_sides("fold-3")[1]]
+    assert open_benchmark("household-captioning", Sources(held_out="validation-0")).name.endswith("-validation-0")
+    with pytest.raises(ConfigError, match="no part 'fold-9'"):
+        open_benchmark("household-classification", Sources(held_out="fold-9"))

@@ -14,14 +14,15 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from scipy.spatial import KDTree
 
-from pointalign.data.household import HouseholdObject, LabelRow
-from pointalign.errors import DataError
+from pointalign.data.household import HouseholdObject, LabelRow, load_household
+from pointalign.errors import ConfigError, DataError
 
 HELD_OUT_SHARE = 100 / 820
 # Two models nearer than this are one family. Chosen by looking at the pairs: see docs/household.md.
 NEAR_DUPLICATE_DISTANCE = 0.035
 NUM_PROBES = 512
 SIGNATURE_TOLERANCE = 0.1
+TEST, FOLD, VALIDATION, FOLDS = "test", "fold", "validation", 5
 
 
 def near_duplicates(clouds: np.ndarray, threshold: float = NEAR_DUPLICATE_DISTANCE) -> Iterator[tuple[int, int, float]]:
@@ -152,3 +153,33 @@ def family_folds(things: Sequence[LabelRow | HouseholdObject], folds: int = 5, s
         for number, (_, held) in enumerate(parts.split(families, [thing.label for thing in things], families)):
             found.update({things[index].id: number for index in held})
     return found
+
+
+def household_sides(held_out: str = TEST) -> tuple[list[HouseholdObject], list[HouseholdObject]]:
+    """The objects to train on and the objects to measure on.
+
+    Args:
+        held_out: "test", the 100 objects that results are reported on; "fold-0" to "fold-4", a fold of all 820, for
+            cross-validating a recipe; "validation-0" to "validation-4", a fold of the 720 training objects, for choosing a
+            recipe's settings: the 100 are on neither side.
+
+    Returns:
+        Two lists, each ordered by id, that share no family.
+
+    Raises:
+        ConfigError: when held_out is none of these.
+    """
+    kind, _, number = held_out.partition("-")
+    if held_out == TEST:
+        return load_household("train"), load_household(TEST)
+    if kind not in (FOLD, VALIDATION) or number not in map(str, range(FOLDS)):
+        raise ConfigError(
+            f"there is no part {held_out!r} of household to hold out; known are {TEST}, {FOLD}-0 to {FOLD}-{FOLDS - 1} and "
+            f"{VALIDATION}-0 to {VALIDATION}-{FOLDS - 1}"
+        )
+    objects = load_household() if kind == FOLD else load_household("train")
+    folds = family_folds(objects, FOLDS)
+    sides: tuple[list[HouseholdObject], list[HouseholdObject]] = ([], [])
+    for thing in objects:
+        sides[folds[thing.id] == int(number)].append(thing)
+    return sides

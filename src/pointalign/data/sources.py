@@ -18,7 +18,8 @@ from pointalign.data.conversations import (
     read_conversations,
 )
 from pointalign.data.extra import ExtraObject, load_extra
-from pointalign.data.household import HOUSEHOLD_FILE, MISSING_COLOR, HouseholdObject, load_household
+from pointalign.data.household import HOUSEHOLD_FILE, MISSING_COLOR, HouseholdObject
+from pointalign.data.household_split import household_sides
 from pointalign.data.household_text import build_instructions
 from pointalign.data.objaverse import BROKEN_OBJECTS, NumpyClouds
 from pointalign.data.packed import INDEX_FILE, JOURNAL_FILE, PackedClouds
@@ -87,7 +88,7 @@ def read_clouds(clouds: PointCloudSource, object_ids: Sequence[str]) -> list[np.
 
 
 def open_training_data(settings: DataSettings, folder: Path | None = None) -> tuple[PointCloudSource, Conversations]:
-    """The clouds and conversations that a recipe trains on; of `household` only the training split.
+    """The clouds and conversations that a recipe trains on; of `household` only what is not held out.
 
     What is left out is said on stderr: objects that are known to be broken, and with `skip_missing` those without cloud.
 
@@ -96,15 +97,15 @@ def open_training_data(settings: DataSettings, folder: Path | None = None) -> tu
         folder: the run's, where the names of objects without cloud are written.
 
     Raises:
-        ConfigError: when a folder of clouds comes without instruction files or with extra objects, or a run that is gone
-            on with lacks other clouds than before.
+        ConfigError: for an unknown part to hold out, when a folder of clouds comes without instruction files or with extra
+            objects, or a run that is gone on with lacks other clouds than before.
         DataError: when files are missing or broken, or a conversation's cloud is missing.
     """
     if settings.extra is not None and settings.source != "household":
         raise ConfigError("data.extra joins household's objects; leave it out, or set data.source to household")
     if settings.source == "household":
         extra = Path(settings.extra) if settings.extra else None
-        objects = [*load_household("train"), *(load_extra(extra) if extra else ())]
+        objects = [*household_sides(settings.held_out)[0], *(load_extra(extra) if extra else ())]
         clouds: PointCloudSource = HouseholdClouds(objects, extra)
         conversations = read_conversations(build_instructions(objects))
     else:

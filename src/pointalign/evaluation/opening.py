@@ -11,8 +11,9 @@ from typing import Any
 
 from pointalign.data.check import CLOUD_FOLDERS
 from pointalign.data.conversations import Conversation, Conversations, read_conversations
-from pointalign.data.household import household_classes, load_household
+from pointalign.data.household import household_classes
 from pointalign.data.household_phrases import CATEGORY_QUESTIONS
+from pointalign.data.household_split import TEST, household_sides
 from pointalign.data.household_text import reference_caption
 from pointalign.data.modelnet import CLASS_NAMES, MODELNET_FILE, ModelNetObject, load_modelnet40
 from pointalign.data.objaverse import NumpyClouds
@@ -62,6 +63,7 @@ class Sources:
         clouds: a user's own folder of clouds.
         truth: the CSV or JSON file of its labels or captions.
         classes: text file with the closed set of its labels, one per line; the labels that occur when None.
+        held_out: which of household's objects are asked about, see `household_sides`.
     """
 
     data: Path = Path("data")
@@ -69,6 +71,7 @@ class Sources:
     clouds: Path | None = None
     truth: Path | None = None
     classes: Path | None = None
+    held_out: str = "test"
 
 
 def open_benchmark(name: str, sources: Sources = Sources(), limit: int | None = None) -> Benchmark:
@@ -110,10 +113,10 @@ def _fingerprint(benchmark: Benchmark) -> str:
 
 
 def _household_classification(sources: Sources) -> Benchmark:
-    objects = load_household("test")
+    objects = household_sides(sources.held_out)[1]
     classes = household_classes()
     return Benchmark(
-        name="household-classification",
+        name=_household_name("household-classification", sources),
         task=Task("closed-set", tuple(classes)),
         questions=(Question("I", INSTRUCTION, CATEGORY_QUESTIONS[0]),),
         items=closed_set_items([(thing.id, thing.label) for thing in objects], classes, "household"),
@@ -126,9 +129,9 @@ def _household_classification(sources: Sources) -> Benchmark:
 
 
 def _household_captioning(sources: Sources) -> Benchmark:
-    objects = load_household("test")
+    objects = household_sides(sources.held_out)[1]
     return Benchmark(
-        name="household-captioning",
+        name=_household_name("household-captioning", sources),
         task=Task("captioning"),
         questions=(Question("caption", CAPTION),),
         items=tuple(Item(thing.id, reference_caption(thing)) for thing in objects),
@@ -139,6 +142,11 @@ def _household_captioning(sources: Sources) -> Benchmark:
         source="the bundled household objects held out from training",
         embedders=(MINILM,),
     )
+
+
+def _household_name(name: str, sources: Sources) -> str:
+    """Results on different objects are never taken for one another's."""
+    return name if sources.held_out == TEST else f"{name}-{sources.held_out}"
 
 
 class ModelNetClouds:
