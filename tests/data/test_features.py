@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -220,3 +221,26 @@ def test_two_processes_fill_the_same_cache(tmp_path):
     (folder,) = (tmp_path / "cache").iterdir()
     assert len(list(folder.iterdir())) == 20
     assert all(path.suffix == ".safetensors" for path in folder.iterdir())
+
+
+def test_a_killed_process_leaves_whole_shards_and_the_rest_is_filled(tmp_path, monkeypatch):
+    (tmp_path / "ready-other").touch()
+    process = subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path / "cache"), str(tmp_path / "ready-own")])
+    while len(written := list((tmp_path / "cache").glob("*/features-*.safetensors"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert len(written) < 20
+    monkeypatch.setattr(features, "SHARD_SIZE", 2)
+    ids = [f"object-{i}" for i in range(40)]
+    cache, computed = FeatureCache(tmp_path / "cache", ids, {}), []
+
+    def compute(batch):
+        computed.extend(batch)
+        return {"x": torch.tensor([[float(i.rpartition("-")[2])] * 1000 for i in batch])}
+
+    cache.fill(compute, 2, lambda n: None)
+    assert 0 < len(computed) <= 34
+    for number, object_id in enumerate(ids):
+        assert cache[object_id]["x"].eq(float(number)).all()

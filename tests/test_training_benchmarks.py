@@ -1,0 +1,46 @@
+"""The benchmarks of training run at a tiny size, and their two procedures have the same losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def run(name: str, *arguments: str) -> dict[str, Any]:
+    """The last line of a benchmark at a tiny size."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / name), "--size", "tiny", "--precision", "fp32", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_step_of_both_procedures() -> None:
+    told = run("train_step.py", "--steps", "2", "--published-precision", "fp32")
+    assert told["first_losses_apart"] <= 2e-5
+    assert told["mean_losses_apart"] <= 5e-4
+    for procedure in ("ours", "published"):
+        assert told[procedure]["seconds_per_step"] > 0
+        assert told[procedure]["peak_megabytes"] > 100
+        assert 0 < told[procedure]["last_losses"]["alignment_loss"] < 2
+    ratio = told["published"]["seconds_per_step"] / told["ours"]["seconds_per_step"]
+    assert told["speedup"] == pytest.approx(ratio, abs=0.01)
+    assert told["memory_ratio"] > 0
+
+
+def test_a_stretch_of_the_stage() -> None:
+    told = run("train_stage.py", "--steps", "4")
+    assert told["packing"]
+    assert told["tokens_per_second"] > 0
+    assert 0 < told["share_of_peak"] < 1
