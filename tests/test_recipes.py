@@ -29,7 +29,7 @@ from pointalign.full_size import (
 from pointalign.importers.minigpt3d import build_processor
 from pointalign.models.checkpoint import ADAPTED_PARTS, adapter_folder
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
-from pointalign.models.processing import PointAlignProcessor
+from pointalign.models.processing import PointAlignProcessor, load_processor
 from pointalign.parts import PARTS
 from pointalign.runs import train
 
@@ -417,3 +417,19 @@ def test_a_start_that_is_not_there(tmp_path: Path) -> None:
     recipe.model.start_from = "my/own/model"
     with pytest.raises(ConfigError, match=r"my/own/model, which is not there; name another with --model.start-from"):
         train(recipe, tmp_path / "run")
+
+
+def test_a_model_that_is_told_sizes_learns_to_do_without_them_too(world: Path, tmp_path: Path) -> None:
+    encoder = tiny("household-encoder", world)
+    encoder.model.point_encoder.metric_size = True
+    train(encoder, tmp_path / "encoder")
+    recipe = tiny("household-pretrain", world, tmp_path / "encoder" / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POINTALIGN_CACHE", str(tmp_path / "cache"))
+        train(recipe, tmp_path / "run")
+    [shard] = (tmp_path / "cache" / "features").rglob("*.safetensors")
+    features = load_file(shard)["point_features"]
+    told, untold = features.chunk(2)
+    assert len(told) == round(0.03 * 720)
+    assert ((told - untold).flatten(1).abs().amax(dim=1) > 0).all(), "every object is there with and without its size"
+    assert load_processor(str(tmp_path / "run" / "model")).metric_size

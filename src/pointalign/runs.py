@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +22,7 @@ from pointalign.config import ModelSettings, Recipe, load_recipe, recipe_names
 from pointalign.contrastive import train_encoder
 from pointalign.data.conversations import ConversationDataset, PointCloudSource
 from pointalign.data.features import FeatureCache, weights_fingerprint
-from pointalign.data.sources import missing_color, open_training_data, read_clouds
+from pointalign.data.sources import OptionalSizes, missing_color, open_training_data, read_clouds, unsized
 from pointalign.errors import ConfigError
 from pointalign.figures import draw_losses
 from pointalign.models.checkpoint import fit_embeddings
@@ -40,6 +41,8 @@ PROJECTOR_FILE = "alignment_projector.safetensors"
 ENCODE_BATCH = 16
 # 400 MB of clouds of 8,192 points; 660K of them would fill any memory.
 KEPT_CLOUDS = 2000
+# How many conversations are about a cloud whose size is told, for models that can be told it.
+SIZE_TOLD = 0.5
 
 
 def build_model(
@@ -283,12 +286,20 @@ def train_language(
     target = recipe.alignment.target if recipe.alignment.weight else None
     has_qformer = model.config.connector_config.kind == "qformer"  # pyright: ignore
     fields = frozen_fields(recipe.trains, target, has_qformer) if recipe.cache_features else ()
+    object_ids = conversations.object_ids
+    options: dict[str, Any] = {}
+    if processor.metric_size:
+        clouds = OptionalSizes(clouds)
+        object_ids = [*object_ids, *map(unsized, object_ids)]
+        # So that the model also answers about clouds of unknown size.
+        told = np.random.default_rng(recipe.seed).random(len(conversations)) < SIZE_TOLD
+        options["cloud_name"] = lambda object_id, number: object_id if told[number] else unsized(object_id)
     points: Any = PreparedClouds(clouds, processor)
     if fields:
-        object_ids = conversations.object_ids
         points = cached_features(model, processor, clouds, object_ids, fields)
-    rewrite = {"rewrite": released_messages} if recipe.as_released else {}
-    dataset = ConversationDataset(conversations, processor, points, recipe.data.max_length, **rewrite)
+    if recipe.as_released:
+        options["rewrite"] = released_messages
+    dataset = ConversationDataset(conversations, processor, points, recipe.data.max_length, **options)
     regularizer = build_regularizer(model, recipe.alignment, recipe.seed)
     trainer = run_trainer(
         recipe,

@@ -14,7 +14,7 @@ from pointalign.data.household_split import household_sides
 from pointalign.data.objaverse import BROKEN_OBJECTS, NumpyClouds
 from pointalign.data.pack import pack_clouds
 from pointalign.data.packed import PackedClouds
-from pointalign.data.sources import HouseholdClouds, missing_color, open_training_data
+from pointalign.data.sources import HouseholdClouds, OptionalSizes, missing_color, open_training_data, unsized
 from pointalign.errors import ConfigError, DataError
 
 
@@ -223,3 +223,17 @@ def test_a_fold_that_is_held_out_is_not_trained_on():
     _, conversations = open_training_data(DataSettings(held_out="fold-1"))
     assert held.isdisjoint(conversations.object_ids)
     assert len(set(conversations.object_ids)) == 820 - len(held)
+
+
+def test_clouds_with_and_without_their_size(world):
+    thing = load_household("test")[0]
+    both = OptionalSizes(HouseholdClouds([thing]))
+    assert thing.id in both
+    assert unsized(thing.id) in both
+    assert "nothing" not in both
+    assert np.array_equal(both[thing.id], thing.sized_points)
+    assert np.array_equal(both[unsized(thing.id)], thing.points)
+    plain, _ = open_training_data(world)
+    assert np.array_equal(OptionalSizes(plain)[unsized("03")], plain["03"])
+    with pytest.raises(DataError, match="no object 'nothing'"):
+        both[unsized("nothing")]

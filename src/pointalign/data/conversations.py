@@ -256,6 +256,7 @@ class ConversationDataset(Dataset):
         points: from object id to a dict of tensors that the collator stacks (a cloud, or cached features).
         max_length: longest sample in tokens.
         rewrite: changes the messages of each conversation before they become ids.
+        cloud_name: from an object id and the conversation's number to what `points` calls the cloud.
     """
 
     def __init__(
@@ -265,11 +266,13 @@ class ConversationDataset(Dataset):
         points: Any,
         max_length: int,
         rewrite: Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]] = lambda messages: messages,
+        cloud_name: Callable[[str, int], str] = lambda object_id, number: object_id,
     ) -> None:
         self.conversations = (
             conversations if isinstance(conversations, Conversations) else list_conversations(conversations)
         )
         self.processor, self.points, self.max_length, self.rewrite = processor, points, max_length, rewrite
+        self.cloud_name = cloud_name
         self._encoded: dict[int, dict[str, list[int]]] = {}
 
     def __len__(self) -> int:
@@ -298,7 +301,7 @@ class ConversationDataset(Dataset):
             if not isinstance(message["content"], str)
             for part in message["content"]
         )
-        return {**encoded, "points": [self.points[conversation.object_id]] * clouds}
+        return {**encoded, "points": [self.points[self.cloud_name(conversation.object_id, index)]] * clouds}
 
 
 class Collator:

@@ -28,6 +28,7 @@ from pointalign.progress import say
 from pointalign.storage import write_text
 
 MISSING_FILE = "missing_clouds.txt"
+UNSIZED = " without size"
 
 
 class HouseholdClouds:
@@ -62,6 +63,30 @@ class HouseholdClouds:
         if object_id not in self.objects:
             raise DataError(f"household has no object {object_id!r}; `load_household()` lists them")
         return self.objects[object_id].sized_points
+
+
+class OptionalSizes:
+    """Clouds that are there twice: under the object's id as they are, and under `unsized(id)` with their size unknown.
+
+    Args:
+        clouds: of any kind; those without a seventh column are the same twice.
+    """
+
+    def __init__(self, clouds: PointCloudSource) -> None:
+        self.clouds, self.fingerprint = clouds, clouds.fingerprint
+
+    def __contains__(self, object_id: object) -> bool:
+        return isinstance(object_id, str) and object_id.removesuffix(UNSIZED) in self.clouds
+
+    def __getitem__(self, object_id: str) -> np.ndarray:
+        """The object's points; errors as the clouds'."""
+        points = np.asarray(self.clouds[object_id.removesuffix(UNSIZED)])
+        return points[:, :6] if object_id.endswith(UNSIZED) else points
+
+
+def unsized(object_id: str) -> str:
+    """What `OptionalSizes` calls an object whose size is not told."""
+    return object_id + UNSIZED
 
 
 def open_clouds(source: str | Path) -> NumpyClouds | PackedClouds:
