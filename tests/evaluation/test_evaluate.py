@@ -125,6 +125,10 @@ def test_the_overview_leaves_out_what_another_model_left_in_the_folder(
 ) -> None:
     evaluate(other_model, tmp_path / "out", own_settings(own, judge="match"))
     shutil.rmtree(tmp_path / "out" / "own-classification" / "raw")
+    (tmp_path / "out" / "comparison").mkdir()
+    (tmp_path / "out" / "comparison" / "results.json").write_text(
+        '{"benchmark": "own-classification", "judge": "match"}'
+    )
     evaluate(tiny_model, tmp_path / "out", own_settings(own, judge="likelihood"))
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.count("| [own-") == 1

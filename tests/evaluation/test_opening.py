@@ -202,6 +202,10 @@ BAD_OWN_DATA: dict[str, tuple[Any, str]] = {
         lambda o: (o / "truth.csv").write_text("object_id,label\no1,sofa\n"),
         "the label 'sofa' of o1 is not one of the 3 classes",
     ),
+    "classes alike": (
+        lambda o: (o / "classes.txt").write_text("lamp\nLamp\n"),
+        "the classes 'lamp' and 'Lamp' read alike; write them in one way",
+    ),
     "no cloud": (
         lambda o: (o / "truth.csv").write_text("object_id,label\no1,lamp\no99,lamp\n"),
         r"1 of 2 objects of .*truth.csv have no cloud \(first: o99\); complete the folder of clouds",
@@ -213,6 +217,11 @@ BAD_OWN_DATA: dict[str, tuple[Any, str]] = {
     ),
     "empty classes": (lambda o: (o / "classes.txt").write_text("\n"), "is empty; give one class per line"),
     "class twice": (lambda o: (o / "classes.txt").write_text("lamp\nlamp\n"), "names lamp twice"),
+    "quote left open": (
+        lambda o: (o / "truth.csv").write_text('object_id,label\no1,"lamp\no2,' + "lamp " * 30_000),
+        r"line \d+: field larger than .*; look for a quote that is not closed",
+    ),
+    "classes not UTF-8": (lambda o: (o / "classes.txt").write_bytes("Stühle".encode("latin-1")), "save it as UTF-8"),
     "no classes": (lambda o: (o / "classes.txt").unlink(), "give a text file with one class per line"),
 }
 
@@ -232,6 +241,11 @@ def test_json_of_another_layout_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "truth.json").write_text(text)
     with pytest.raises(DataError, match=r"is not (JSON|a JSON list of objects)"):
         read_truth(tmp_path / "truth.json")
+
+
+def test_json_labels_may_be_numbers(tmp_path: Path) -> None:
+    (tmp_path / "truth.json").write_text('[{"object_id": 1, "label": 0}, {"object_id": 2, "label": 1}]')
+    assert read_truth(tmp_path / "truth.json").labels == {"1": "0", "2": "1"}
 
 
 def test_a_broken_own_cloud_is_named(own: Path) -> None:

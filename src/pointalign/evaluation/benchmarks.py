@@ -8,6 +8,7 @@ from typing import Any
 
 from pointalign.data.conversations import PointCloudSource
 from pointalign.errors import DataError
+from pointalign.evaluation.judging.label_sets import plain_name
 from pointalign.evaluation.records import Task
 
 # Source: PointLLM (arXiv 2308.16911), section 5: instruction (I), completion (C), caption.
@@ -88,8 +89,14 @@ def closed_set_items(labels: Sequence[tuple[str, str]], classes: Sequence[str], 
         where: names the file in an error.
 
     Raises:
-        DataError: when a label is not in the set.
+        DataError: when a label is not in the set, or two classes of it differ in case, hyphens or underscores alone.
     """
+    names: dict[str, str] = {}
+    for name in classes:
+        if names.setdefault(plain_name(name), name) != name:
+            raise DataError(
+                f"{where}: the classes {names[plain_name(name)]!r} and {name!r} read alike; write them in one way"
+            )
     index = {name: number for number, name in enumerate(classes)}
     unknown = [(object_id, name) for object_id, name in labels if name not in index]
     if unknown:

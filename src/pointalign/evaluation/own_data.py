@@ -123,7 +123,10 @@ def _csv_rows(path: Path, text: str) -> list[dict[str, str]]:
         raise DataError(
             f"{path} has the columns {', '.join(columns) or '(none)'}; it needs {LAYOUT}, separated by commas"
         )
-    return [{**row, "object_id": (row["object_id"] or "").strip()} for row in reader]
+    try:
+        return [{**row, "object_id": (row["object_id"] or "").strip()} for row in reader]
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}; look for a quote that is not closed") from error
 
 
 def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
@@ -140,7 +143,8 @@ def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
 def _column(rows: list[dict[str, Any]], name: str, path: Path) -> dict[str, str]:
     if not any(name in row for row in rows):
         return {}
-    found = {row["object_id"]: str(row.get(name) or "").strip() for row in rows}
+    values = {row["object_id"]: row.get(name) for row in rows}
+    found = {object_id: "" if value is None else str(value).strip() for object_id, value in values.items()}
     blank = [object_id for object_id, value in found.items() if not value]
     if blank:
         raise DataError(
@@ -159,6 +163,8 @@ def read_classes(path: str | Path) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; give a text file with one class per line") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     names = [line.strip() for line in lines if line.strip()]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice or not names:

@@ -69,10 +69,10 @@ def read_answers(path: str | Path) -> AnswersFile:
         DataError: when it is missing, is not JSON, or is not in the field's layout.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; give an answers file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); give an answers file") from error
     try:
         results = [

@@ -197,7 +197,8 @@ def with_earlier(folder: Path, results: Sequence[Result]) -> list[Result]:
     for file in sorted(folder.rglob(RESULTS_FILE)):
         if str(file) not in known:
             found = json.loads(file.read_text(encoding="utf-8"))
-            if _model_hash(found) in hashes:
+            # A comparison, which a user may put here too, has no model of its own.
+            if "provenance" in found and _model_hash(found) in hashes:
                 known[str(file)] = {**found, "results": str(file)}
     return [known[name] for name in sorted(known)]
 

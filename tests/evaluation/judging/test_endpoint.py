@@ -271,11 +271,23 @@ def test_half_a_character_is_sent_as_a_question_mark(server: Any, tmp_path: Path
     assert "chair ?" in server.prompts[0]
 
 
+@pytest.mark.parametrize("content", [["T"], 7, {"text": "T"}])
+def test_a_reply_that_is_not_text_is_asked_for_again_and_never_kept(
+    content: Any, server: Any, captions_file: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    server.reply = lambda prompt: content
+    with pytest.raises(JudgeError, match="a reply that is not text"):
+        judge_answers(captions_file, OPEN, judge_for(server, judge_retries=1), tmp_path / "out.json")
+    assert len(server.prompts) == 2
+    assert replies_kept(own_cache) == 0
+
+
 def test_settings_that_cannot_be(monkeypatch: pytest.MonkeyPatch, captions_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"needs a model; give --judge-model, or set OPENAI_MODEL"):
         build_judge("llm")
-    with pytest.raises(ConfigError, match="does not begin with http:// or https://"):
-        build_judge("llm", judge_model="x", judge_base_url="localhost:8000/v1")
+    for address in ("localhost:8000/v1", "http://", "http://[bad/v1", "http://host:port/v1"):
+        with pytest.raises(ConfigError, match="is not http:// or https:// with a host and perhaps a port; correct it"):
+            build_judge("llm", judge_model="x", judge_base_url=address)
     with pytest.raises(ConfigError, match="needs an endpoint; give --judge-base-url, or set OPENAI_API_KEY"):
         judge_answers(captions_file, OPEN, build_judge("llm", judge_model="x"), tmp_path / "out.json")
     with pytest.raises(ConfigError, match="holds a character that no key has; copy it again"):

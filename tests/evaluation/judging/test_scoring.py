@@ -177,6 +177,20 @@ def test_half_a_character_can_be_written(write_answers: Callable[..., Path], tmp
     assert judge_answers(path, load_task("closed-set"), build_judge("match"), tmp_path / "o.json")["accuracy"] == 1
 
 
+def test_a_byte_order_mark_is_no_part_of_the_file(peer_file: Path, tmp_path: Path) -> None:
+    peer_file.write_bytes(b"\xef\xbb\xbf" + peer_file.read_bytes())
+    assert judge_answers(peer_file, load_task("closed-set"), build_judge("match"), tmp_path / "o.json")["n"] == 5
+
+
+def test_the_answers_are_never_written_over(peer_file: Path, tmp_path: Path) -> None:
+    before = peer_file.read_bytes()
+    (tmp_path / "link.json").symlink_to(peer_file)
+    for out in (peer_file, tmp_path / "link.json"):
+        with pytest.raises(DataError, match="is the answers file itself, which would be lost; name another"):
+            judge_answers(peer_file, load_task("closed-set"), build_judge("match"), out)
+    assert peer_file.read_bytes() == before
+
+
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no file": (["nothing.json", "--task", "closed-set"], "cannot read nothing.json"),
     "unsuited judge": (["FILE", "--task", "captioning"], "use --judge embedding, llm or hf"),

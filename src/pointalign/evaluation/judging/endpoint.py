@@ -77,9 +77,9 @@ class EndpointJudge(PromptedJudge):
             raise ConfigError("the llm judge needs a model; give --judge-model, or set OPENAI_MODEL")
         super().__init__(model, prompts, prices)
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
-        if urlsplit(self.base_url).scheme not in ("http", "https"):
+        if not _is_address(self.base_url):
             raise ConfigError(
-                f"the judge's address {self.base_url} does not begin with http:// or https://; correct it"
+                f"the judge's address {self.base_url} is not http:// or https:// with a host and perhaps a port; correct it"
             )
         self.api_key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
         if not self.api_key.isascii():
@@ -117,6 +117,15 @@ class EndpointJudge(PromptedJudge):
                 "the llm judge needs an endpoint; give --judge-base-url, or set OPENAI_API_KEY for OpenAI's own"
             )
         _run(_Session(self, keep).ask_all([prompt for prompt in prompts if prompt not in known]))
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        # Reading the port is what checks it.
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
@@ -232,11 +241,14 @@ def _read_completion(completion: Any) -> Reply:
     choices = getattr(completion, "choices", None)
     if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
         raise ValueError("a reply without a message")
+    text = getattr(choices[0].message, "content", None) or ""
+    if not isinstance(text, str):
+        raise ValueError("a reply that is not text")
     usage = completion.usage
     return Reply(
-        choices[0].message.content or "",
-        usage.prompt_tokens if usage else None,
-        usage.completion_tokens if usage else None,
+        text,
+        getattr(usage, "prompt_tokens", None),
+        getattr(usage, "completion_tokens", None),
         choices[0].finish_reason,
         completion.model,
     )

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pointalign.errors import DataError
 from pointalign.evaluation.judging.label_sets import reference_text, true_label
 from pointalign.evaluation.judging.prompted import PromptedJudge
 from pointalign.evaluation.metrics import majority_rate
@@ -36,10 +37,12 @@ def judge_answers(answers_file: str | Path, task: Task, judge: Judge, out: str |
         `usage` over all replies, and, not in the file, `asked`, the usage of the replies that were not kept before.
 
     Raises:
-        DataError: when the file is not in the field's format, or its truth does not suit the task.
+        DataError: when the file is not in the field's format, its truth does not suit the task, or `out` is the file itself.
         PointAlignError: when the judge cannot be reached or loaded, or does not suit the task.
     """
     path = Path(answers_file)
+    if Path(out).resolve() == path.resolve():
+        raise DataError(f"--out {out} is the answers file itself, which would be lost; name another")
     answers = read_answers(path)
     # Before anything is asked, and perhaps paid for.
     for answer in answers.results:
