@@ -111,7 +111,7 @@ def test_it_ends_cleanly(tiny_model: Path, tmp_path: Path, how: signal.Signals, 
     with client.http.stream("GET", f"/gradio_api/heartbeat/{client.session}"):  # as an open page
         start = time.monotonic()
         assert page.end(how) == status
-        assert time.monotonic() - start < 8
+        assert time.monotonic() - start < 40, "an open page does not hold it up"
     assert "Traceback" not in page.log.read_text()
     assert list(page.temporary.iterdir()) == []
     assert sorted(path.name for path in (tmp_path / "cwd").iterdir()) == ["log.txt", "temporary"]

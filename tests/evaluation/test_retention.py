@@ -123,4 +123,4 @@ def test_the_benchmark(
     assert kept["replies"][0]["prompt"] == "What do bees make?"
     report = (tmp_path / "out" / "language-retention" / "report.md").read_text()
     assert f"| perplexity | {result['perplexity']['base']:.3f} |" in report
-    assert "language-retention | - | perplexity x" in (tmp_path / "out" / "report.md").read_text()
+    assert "language-retention/report.md) | - | perplexity x" in (tmp_path / "out" / "report.md").read_text()
