@@ -96,6 +96,15 @@ def test_the_likelihoods_judge_and_rank(tiny_model: Path, own: Path, tmp_path: P
         assert row["right"] == (row["margin"] > 0)
 
 
+def test_one_class_alone_has_no_margin(tiny_model: Path, own: Path, tmp_path: Path) -> None:
+    (own / "truth.csv").write_text("object_id,label\no0,chair\no1,chair\n")
+    (own / "classes.txt").write_text("chair\n")
+    told = evaluate(tiny_model, tmp_path / "out", own_settings(own))
+    text = next((tmp_path / "out").rglob("results.json")).read_text()
+    assert [row["margin"] for row in json.loads(text)["objects"]] == [0, 0]
+    assert (told["accuracy"], told["n"]) == (1, 2)
+
+
 def test_a_second_run_asks_nothing_and_another_judge_reads_the_same_answers(
     tiny_model: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

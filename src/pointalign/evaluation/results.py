@@ -50,8 +50,8 @@ def judge_question(
     Returns:
         The numbers of `summarize_verdicts` and of the answers as such, and one row per answer: what `verdict_rows` gives;
         `question`, `tokens`, `truncated`; `right`, whether it counts as right (None where it does not count); by the
-        likelihood judge `log_likelihood` of the class that it chose, and `margin` of the true class over the best other;
-        of captions `metrics` by name.
+        likelihood judge `log_likelihood` of the class that it chose, and `margin` of the true class over the best
+        other, 0 without one; of captions `metrics` by name.
 
     Raises:
         PointAlignError: as the judge.
@@ -96,7 +96,7 @@ def _is_right(row: Row) -> bool | None:
 def _likelihoods(task: Task, row: Row, scores: Sequence[float]) -> dict[str, float]:
     true = task.labels.index(row["label"])
     others = [score for index, score in enumerate(scores) if index != true]
-    return {"log_likelihood": max(scores), "margin": scores[true] - max(others, default=float("-inf"))}
+    return {"log_likelihood": max(scores), "margin": scores[true] - max(others, default=scores[true])}
 
 
 def _add_metrics(rows: Sequence[Row], embedders: Sequence[str]) -> dict[str, Any]:

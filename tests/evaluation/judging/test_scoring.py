@@ -182,6 +182,15 @@ def test_a_byte_order_mark_is_no_part_of_the_file(peer_file: Path, tmp_path: Pat
     assert judge_answers(peer_file, load_task("closed-set"), build_judge("match"), tmp_path / "o.json")["n"] == 5
 
 
+def test_objects_that_are_there_twice_are_told_of(
+    write_answers: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {"object_id": 0, "ground_truth": 8, "model_output": "a chair"}
+    status, out, err = run(capsys, str(write_answers("a.json", [entry, entry])), "--task", "closed-set")
+    assert (status, json.loads(out)["n"]) == (0, 2)
+    assert "warning: 1 of 2 answers of" in err
+
+
 def test_the_answers_are_never_written_over(peer_file: Path, tmp_path: Path) -> None:
     before = peer_file.read_bytes()
     (tmp_path / "link.json").symlink_to(peer_file)

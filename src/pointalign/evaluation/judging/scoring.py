@@ -15,7 +15,7 @@ from pointalign.evaluation.judging.prompted import PromptedJudge
 from pointalign.evaluation.metrics import majority_rate
 from pointalign.evaluation.records import Answer, Judge, Task, TaskKind, Verdict, read_answers
 from pointalign.evaluation.statistics import summarize, summarize_share
-from pointalign.progress import progress
+from pointalign.progress import progress, say
 from pointalign.storage import write_text
 
 
@@ -44,6 +44,11 @@ def judge_answers(answers_file: str | Path, task: Task, judge: Judge, out: str |
     if Path(out).resolve() == path.resolve():
         raise DataError(f"--out {out} is the answers file itself, which would be lost; name another")
     answers = read_answers(path)
+    again = len(answers.results) - len({answer.object_id for answer in answers.results})
+    if again:
+        say(
+            f"warning: {again} of {len(answers.results)} answers of {path} are about an object that has one; each counts"
+        )
     # Before anything is asked, and perhaps paid for.
     for answer in answers.results:
         (true_label(task, answer) if task.kind == "closed-set" else reference_text(answer))
