@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -10,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from pointalign.errors import CheckpointError
+from pointalign.errors import CheckpointError, DataError
 
 
 def cache_dir() -> Path:
@@ -95,3 +97,21 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def taken_lock(path: Path) -> FileLock:
+    """A lock on a file that one process at a time writes; it lies in the cache, so that nothing stays beside the file.
+
+    Raises:
+        DataError: when another process holds it, or the cache cannot be written.
+    """
+    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+    lock = FileLock(cache_dir() / "locks" / f"{name}.lock")
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DataError(f"another process is writing {path}; wait for it, or name another --out") from error
+    except OSError as error:
+        raise DataError(f"cannot write {lock.lock_file}: {error.strerror}; set POINTALIGN_CACHE") from error
+    return lock

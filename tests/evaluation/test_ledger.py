@@ -110,3 +110,16 @@ def test_fewer_objects_before_are_no_hindrance(tmp_path: Path) -> None:
     whole.fill(IDS, 3, answers([]))
     assert calls == [["o3", "o4", "o5"], ["o6"]]
     assert grown.rows() == whole.rows()
+
+
+def test_two_processes_do_not_write_one_share(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "twice", "answers", SETTINGS)
+
+    def while_another_begins(number: int, object_ids: Sequence[str]) -> list[dict[str, Any]]:
+        with pytest.raises(DataError, match=r"another process is writing .*answers\.0\.jsonl; wait for it"):
+            Ledger(tmp_path / "twice", "answers", SETTINGS).fill(IDS, 2, answers([]))
+        return [{"said": object_id} for object_id in object_ids]
+
+    ledger.fill(IDS, 4, while_another_begins)
+    assert len(ledger.rows()) == len(IDS)
+    ledger.fill(IDS, 4, answers([], until=0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -10,11 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console, RenderableType
 
 from pointalign.errors import DataError
-from pointalign.storage import cache_dir, write_text, written_file
+from pointalign.storage import taken_lock, write_text, written_file
 
 Row = dict[str, Any]
 PIECE = 2**16
@@ -84,7 +82,7 @@ class LinesFile:
     def __init__(self, path: Path, settings: Mapping[str, Any], retry_errors: bool = False) -> None:
         self.path = path
         self.settings_file = path.with_name(path.name + ".settings.json")
-        self._lock = self._taken_lock()
+        self._lock = taken_lock(self.path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b", buffering=0)
@@ -99,19 +97,6 @@ class LinesFile:
         except BaseException:
             self._lock.release()
             raise
-
-    def _taken_lock(self) -> FileLock:
-        """Held until the file is closed; it lies in the cache, so that nothing stays beside the file."""
-        name = hashlib.sha256(os.fsencode(self.path.absolute())).hexdigest()[:32]
-        lock = FileLock(cache_dir() / "locks" / f"{name}.lock")
-        try:
-            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise DataError(f"another process is writing {self.path}; wait for it, or name another --out") from error
-        except OSError as error:
-            raise DataError(f"cannot write {lock.lock_file}: {error.strerror}; set POINTALIGN_CACHE") from error
-        return lock
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         is_new = self._file.seek(0, os.SEEK_END) == 0

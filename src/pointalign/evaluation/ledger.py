@@ -9,7 +9,7 @@ from typing import Any
 
 from pointalign.errors import DataError
 from pointalign.evaluation.processes import ALONE, Processes
-from pointalign.storage import write_text
+from pointalign.storage import taken_lock, write_text
 
 
 class Ledger:
@@ -83,10 +83,24 @@ class Ledger:
             batch_size: objects at a time.
             compute: from a batch's number and its objects to one row for each.
             advance: called with the number of objects done.
+
+        Raises:
+            DataError: when another process is at work on this share.
         """
-        done = self.rows()
         path = self.folder / f"{self.name}.{self.processes.rank}.jsonl"
-        _drop_unfinished_line(path)
+        with taken_lock(path):
+            _drop_unfinished_line(path)
+            self._append_missing(path, object_ids, batch_size, compute, advance)
+
+    def _append_missing(
+        self,
+        path: Path,
+        object_ids: Sequence[str],
+        batch_size: int,
+        compute: Callable[[int, Sequence[str]], Sequence[Mapping[str, Any]]],
+        advance: Callable[[int], None],
+    ) -> None:
+        done = self.rows()
         with path.open("a", encoding="utf-8") as file:
             for number, start in enumerate(range(0, len(object_ids), batch_size)):
                 batch = object_ids[start : start + batch_size]
@@ -112,6 +126,5 @@ class Ledger:
 
 def _drop_unfinished_line(path: Path) -> None:
     if path.is_file():
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            path.write_bytes(content[: content.rfind(b"\n") + 1])
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)

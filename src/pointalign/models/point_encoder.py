@@ -117,7 +117,7 @@ class SizeEmbedding(nn.Module):
         """Radii in metres (B,), 0 where unknown, to (B, 1, D)."""
         known = radius > 0
         logarithm = torch.where(known, radius, torch.ones_like(radius)).log()
-        embedded = self.mlp(logarithm.unsqueeze(-1).to(self.mlp[0].weight.dtype))
+        embedded = self.mlp(logarithm.unsqueeze(-1).to(next(self.mlp.parameters()).dtype))
         return (embedded * known.unsqueeze(-1)).unsqueeze(1)
 
 

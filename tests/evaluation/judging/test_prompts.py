@@ -45,6 +45,7 @@ SAME_REPLIES: dict[str, bool | None] = {
     "T.": True,
     "F\nbecause": False,
     "<think>F</think>T#x": True,
+    "F, or is it?\n</think>\n\nT#x": True,
     "True": None,
     "t": None,
     "T or F": None,

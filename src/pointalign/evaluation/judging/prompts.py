@@ -22,8 +22,8 @@ REQUIRED = {
     "captioning": ("answer", "reference"),
 }
 PLACEHOLDER = re.compile(r"\{(answer|reference|labels)\}")
-# Models that reason aloud do so before the reply proper.
-THINKING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+# Models that reason aloud do so before the reply proper; some chat templates write the opening tag themselves.
+THINKING = re.compile(r"\A\s*(?:<think>)?.*?</think>", re.DOTALL)
 CLASS_REPLY = re.compile(r"\s*(-?\d+)\s*#\s*([^#\n]+?)\s*(?:#|\n|\Z)")
 SAME_REPLY = re.compile(r"\s*([TF])\s*(?:[#.,:;\n]|\Z)")
 SCORE_REPLY = re.compile(r"\s*(\d{1,3}(?:\.\d+)?)\s*(?:%|/\s*100)?\s*(?:#|\n|\Z)")
