@@ -31,12 +31,21 @@ def normalize_point_cloud(points: Tensor) -> Tensor:
 
     Source: PointLLM (arXiv 2308.16911), the preprocessing that PointAlign's input inherits.
     """
-    # Seen from its first point, a cloud of coinciding points is exactly zero, and a far-off cloud keeps its digits.
-    xyz = points[..., :3] - points[..., :1, :3]
-    xyz = xyz - xyz.mean(dim=-2, keepdim=True)
+    xyz = _centered(points)
     radius = xyz.norm(dim=-1).amax(dim=-1, keepdim=True).unsqueeze(-1)
     xyz = xyz / torch.where(radius > 0, radius, torch.ones_like(radius))
     return torch.cat([xyz, points[..., 3:]], dim=-1)
+
+
+def cloud_radius(points: Tensor) -> Tensor:
+    """What `normalize_point_cloud` divides by: how far the farthest point lies from the mean; (..., N, C) to (...)."""
+    return _centered(points).norm(dim=-1).amax(dim=-1)
+
+
+def _centered(points: Tensor) -> Tensor:
+    # Seen from its first point, a cloud of coinciding points is exactly zero, and a far-off cloud keeps its digits.
+    xyz = points[..., :3] - points[..., :1, :3]
+    return xyz - xyz.mean(dim=-2, keepdim=True)
 
 
 def farthest_point_sample(xyz: Tensor, num_samples: int, start: int = 0) -> Tensor:

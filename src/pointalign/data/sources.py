@@ -73,7 +73,12 @@ class OptionalSizes:
     """
 
     def __init__(self, clouds: PointCloudSource) -> None:
-        self.clouds, self.fingerprint = clouds, clouds.fingerprint
+        self.clouds = clouds
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the clouds; taken only when asked for, because a large folder is looked through for it."""
+        return self.clouds.fingerprint
 
     def __contains__(self, object_id: object) -> bool:
         return isinstance(object_id, str) and object_id.removesuffix(UNSIZED) in self.clouds

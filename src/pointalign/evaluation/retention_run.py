@@ -9,6 +9,7 @@ from typing import Any
 from pointalign.answering.loading import quiet_transformers, resolve_model
 from pointalign.evaluation.processes import evaluation_device
 from pointalign.evaluation.provenance import environment, model_fingerprint
+from pointalign.evaluation.results import RESULTS_FILE
 from pointalign.evaluation.retention import (
     base_language_model,
     compare_readings,
@@ -57,9 +58,9 @@ def evaluate_retention(model: str | Path, out: Path, base: str | None = None) ->
         **compare_readings(before, after, prompts),
         "provenance": {"model": model_fingerprint(name), "environment": environment(device, 1)},
     }
-    write_text(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_text(out / RESULTS_FILE, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     write_text(out / "report.md", "\n".join(_report(result)) + "\n")
-    return {**result, "results": str(out / "results.json")}
+    return {**result, "results": str(out / RESULTS_FILE)}
 
 
 def _report(result: dict[str, Any]) -> list[str]:

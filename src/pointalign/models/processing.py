@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from pointalign.errors import CheckpointError, ConfigError, DataError
-from pointalign.geometry import farthest_point_sample, normalize_point_cloud
+from pointalign.geometry import cloud_radius, farthest_point_sample, normalize_point_cloud
 from pointalign.models.checkpoint import find_checkpoint
 
 DEFAULT_CHAT_TEMPLATE = (
@@ -347,8 +347,7 @@ def normalize_sized(cloud: Tensor) -> Tensor:
     """
     normalized = normalize_point_cloud(cloud)
     if cloud.shape[1] == 7:
-        xyz = cloud[:, :3] - cloud[:1, :3]
-        normalized[:, 6] *= (xyz - xyz.mean(dim=0)).norm(dim=1).max()
+        normalized[:, 6] *= cloud_radius(cloud)
     return normalized
 
 
