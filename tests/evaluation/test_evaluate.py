@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import pytest
 
-from pointalign.cli import BenchmarkName, main
+from pointalign.cli import main
 from pointalign.errors import ConfigError, DataError
 from pointalign.evaluation import run as run_module
 from pointalign.evaluation.asking import EvaluationSettings
@@ -28,6 +28,7 @@ from pointalign.evaluation.run import default_out, evaluate
 from pointalign.evaluation.statistics import wilson_interval
 from pointalign.models.processing import load_processor
 from pointalign.released import RELEASED_POINT_SUFFIX
+from pointalign.verbs.measuring import BenchmarkName
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
