@@ -351,3 +351,23 @@ def test_a_packed_run_is_the_padded_one(
     assert len(packed) == STEPS
     for loss in ("lm_loss", "alignment_loss", "grad_norm"):
         assert [line[loss] for line in packed] == pytest.approx([line[loss] for line in padded], rel=2e-4)
+
+
+def test_released_positions_alone_change_only_where_the_loss_is_taken(
+    start: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first step, before any weight has moved, the text and its loss are the same; the alignment loss is not."""
+    monkeypatch.setenv("POINTALIGN_CACHE", str(cache))
+    first: dict[str, dict[str, float]] = {}
+    for positions in ("point_tokens", "released"):
+        changes: dict[str, Any] = {
+            "lora": {"rank": 2, "alpha": 4, "dropout": 0.0},
+            "alignment": {"weight": 0.5, "layers": [2], "positions": positions},
+            "optimizer": {"max_steps": 1, "learning_rate": 1e-2, "warmup_steps": 0},
+            "logging_steps": 1,
+        }
+        train(tiny_recipe(start, **changes), tmp_path / positions)
+        first[positions] = RunFolder(tmp_path / positions).metrics()[0]
+    ours, released = first["point_tokens"], first["released"]
+    assert released["lm_loss"] == pytest.approx(ours["lm_loss"], rel=1e-5)
+    assert abs(released["alignment_loss"] / ours["alignment_loss"] - 1) > 1e-3

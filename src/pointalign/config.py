@@ -180,6 +180,9 @@ class AlignmentSettings:
     """What they are aligned with: Q-Former output, pooled point features, or the tokens that enter the model."""
     depth: int = 3
     """Linears of the alignment projector, 1 to 3."""
+    positions: Literal["point_tokens", "released"] = "point_tokens"
+    """Which hidden states are aligned: the point tokens', or those that the released code reads by mistake, the last ones of
+    the padded prompt. `as_released` means the latter."""
     schedule: Literal["constant", "linear", "stop"] = "constant"
     """How the weight changes over training."""
     stop_fraction: float = 1.0
@@ -236,7 +239,7 @@ class Recipe:
     """`auto` is bf16 where the device computes it natively, else fp32."""
     packing: bool = True
     """Lay the conversations of a step end to end instead of padding them, for models that keep them apart; the losses are
-    the same. `as_released` pads."""
+    the same. Released alignment positions pad."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     cache_features: bool = True

@@ -3,7 +3,7 @@
 Nothing here is used by default: the evaluation prompt (`with_released_prompt`) and the way answers are generated
 (`RELEASED_GENERATION`), both by `pointalign evaluate --as-released`; the text of one-turn training questions
 (`released_messages`) and the positions of the alignment loss (`released_alignment_mask`), both by
-`pointalign train --as-released`.
+`pointalign train --as-released`; the positions alone by `--alignment.positions released`.
 """
 
 from __future__ import annotations

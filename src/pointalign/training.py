@@ -328,11 +328,12 @@ def build_trainer(
 ) -> AlignmentTrainer:
     """The trainer of a recipe's language stage, with the regulariser that is attached to the model, if any."""
     count: Any = model.config.num_point_tokens
-    positions = partial(released_alignment_mask, num_point_tokens=count) if recipe.as_released else None
+    released = recipe.as_released or recipe.alignment.positions == "released"
+    positions = partial(released_alignment_mask, num_point_tokens=count) if released else None
     return AlignmentTrainer(
         regularizer=regularizer,
         target=recipe.alignment.target,
-        packing=recipe.packing and not recipe.as_released,
+        packing=recipe.packing and not released,
         batches=mixture(dataset, recipe),
         settings=recipe.optimizer,
         model=model,

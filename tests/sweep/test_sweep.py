@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,13 @@ def test_arms_change_the_base_key_by_key_and_seeds_come_one_after_the_other(tmp_
 
 def test_the_experiments_are_sweeps() -> None:
     _, main_question = load_sweep(EXPERIMENTS / "alignment.yaml")
-    assert len(main_question) == 25
-    assert main_question["released-positions", 4].as_released
+    assert len(main_question) == 20
+    released, aligned = main_question["released-positions", 4], main_question["aligned", 4]
+    assert released.alignment.positions == "released"
+    assert replace(released, name="", alignment=aligned.alignment) == replace(aligned, name="")
     assert main_question["frozen-language-model", 0].trains == ["language_projection"]
     _, grids = load_sweep(EXPERIMENTS / "alignment-grids.yaml")
-    assert {recipe.model.start_from for recipe in grids.values()} == {"runs/household-pretrain/model"}
+    assert {recipe.model.start_from for recipe in grids.values()} == {"runs/household-135m-pretrain/model"}
 
 
 @pytest.mark.parametrize(

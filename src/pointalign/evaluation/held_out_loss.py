@@ -68,13 +68,11 @@ def _losses(loaded: LoadedModel, objects: Sequence[Any]) -> list[dict[str, float
     labels, kept = batch.pop("labels"), batch["logits_to_keep"]
     logits = model(**batch).logits
     wanted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, kept]
-    losses = F.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none").sum(dim=1)
-    counts = (wanted != -100).sum(dim=1)
-    owners = [conversation.object_id for conversation in conversations]
-    return [
-        {
-            "loss": sum(float(loss) for loss, owner in zip(losses, owners, strict=True) if owner == thing.id),
-            "tokens": sum(int(count) for count, owner in zip(counts, owners, strict=True) if owner == thing.id),
-        }
-        for thing in objects
-    ]
+    learnt = wanted != -100
+    losses = F.cross_entropy(logits[learnt].float(), wanted[learnt], reduction="none").double().cpu()
+    numbers = {thing.id: number for number, thing in enumerate(objects)}
+    owners = torch.tensor([numbers[conversation.object_id] for conversation in conversations])
+    owners = owners.repeat_interleave(learnt.sum(dim=1).cpu())
+    sums = torch.zeros(len(objects), dtype=torch.float64).index_add_(0, owners, losses).tolist()
+    counts = owners.bincount(minlength=len(objects)).tolist()
+    return [{"loss": loss, "tokens": count} for loss, count in zip(sums, counts, strict=True)]
