@@ -25,6 +25,7 @@ from pointalign.data.household_text import build_instructions
 from pointalign.errors import ConfigError
 from pointalign.evaluation.asking import load_model
 from pointalign.evaluation.held_out_loss import held_out_loss
+from pointalign.sweep.figure import draw_sweep
 from pointalign.sweep.run import run_sweep
 from pointalign.sweep.settings import load_sweep
 from pointalign.sweep.table import MEASURES, build_table, table_lines
@@ -124,7 +125,7 @@ def values(accuracy: list[float]) -> dict[str, dict[str, float]]:
     return {measure: {f"o{index}": value for index, value in enumerate(accuracy)} for measure in MEASURES}
 
 
-def test_the_table_by_hand() -> None:
+def test_the_table_by_hand_and_its_figure(tmp_path: Path) -> None:
     measured = {
         ("plain", 0): values([0, 1, 0, 1]),
         ("aligned", 0): values([1, 1, 1, 1]),
@@ -132,7 +133,12 @@ def test_the_table_by_hand() -> None:
         ("aligned", 1): values([1, 1, 0, 1]),
         ("alone", 2): values([1, 0, 0, 0]),
     }
-    rows = build_table(measured, "plain")["accuracy"]
+    table = build_table(measured, "plain")
+    assert draw_sweep(table, "plain", tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert not draw_sweep(build_table({("plain", 0): values([0, 1])}, "plain"), "plain", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    rows = table["accuracy"]
     assert rows["plain"]["mean"] == pytest.approx(3 / 8)
     assert (rows["plain"]["seeds"], rows["plain"]["n"]) == ([0, 1], 4)
     assert "difference" not in rows["plain"]

@@ -22,10 +22,11 @@ from pointalign.run_loop import RunStopped
 from pointalign.runs import check_start, train
 from pointalign.sentence_embedding import MINILM
 from pointalign.storage import write_text
+from pointalign.sweep.figure import draw_sweep
 from pointalign.sweep.settings import load_sweep
 from pointalign.sweep.table import build_table, table_lines
 
-MEASURED_FILE, TABLE_FILE, REPORT_FILE = "measured.json", "results.json", "results.md"
+MEASURED_FILE, TABLE_FILE, REPORT_FILE, FIGURE_FILE = "measured.json", "results.json", "results.md", "results.png"
 CLASSIFICATION, CAPTIONING, LOSS = "household-classification", "household-captioning", "household-loss"
 
 
@@ -35,7 +36,7 @@ def run_sweep(file: str | Path, out: str | Path) -> dict[str, Any]:
     Args:
         file: see `load_sweep`.
         out: folder: ARM/seed-N is one run with its evaluation, `results.json` and `results.md` the table of all that is
-            done, written anew after each run.
+            done and `results.png` its figure, written anew after each run.
 
     Returns:
         `runs`, `against`, the table's numbers by measure and arm, and the table's files.
@@ -68,7 +69,11 @@ def run_sweep(file: str | Path, out: str | Path) -> dict[str, Any]:
             measured[key] = _run(recipe, _run_folder(folder, key), sweep.limit)
             _write_table(folder, measured, recipes, sweep.reference)
     table = _write_table(folder, measured, recipes, sweep.reference)
-    files = {"results": str(folder / TABLE_FILE), "report": str(folder / REPORT_FILE)}
+    files = {
+        "results": str(folder / TABLE_FILE),
+        "report": str(folder / REPORT_FILE),
+        "figure": str(folder / FIGURE_FILE),
+    }
     return {"runs": len(measured), "against": sweep.reference, "measures": table, **files}
 
 
@@ -130,4 +135,5 @@ def _write_table(
     content = {"against": reference, "missing": missing, "measures": table}
     write_text(folder / TABLE_FILE, json.dumps(content, indent=1) + "\n")
     write_text(folder / REPORT_FILE, "\n".join(table_lines(table, reference, missing)) + "\n")
+    draw_sweep(table, reference, folder / FIGURE_FILE)
     return table

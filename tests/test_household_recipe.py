@@ -1,0 +1,62 @@
+"""The cross-validation of the bundled model's recipe: what each stage starts from and leaves out, and how folds are joined."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from pointalign.config import load_recipe
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "household_recipe.py"
+    spec = importlib.util.spec_from_file_location("household_recipe", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_stages_follow_each_other_and_hold_out_the_same_part(script: ModuleType, tmp_path: Path) -> None:
+    changes = {"pretrain": {"optimizer": {"max_steps": 7}}}
+    recipes = {
+        name: script.stage_recipe(name, "fold-3", tmp_path, Path("x.parquet"), changes) for name in script.STAGES
+    }
+    assert {recipe.data.held_out for recipe in recipes.values()} == {"fold-3"}
+    assert [recipe.model.start_from for recipe in recipes.values()] == [
+        None,
+        str(tmp_path / "encoder" / "model"),
+        str(tmp_path / "pretrain" / "model"),
+    ]
+    assert recipes["encoder"].data.extra == "x.parquet"
+    assert recipes["pretrain"].optimizer.max_steps == 7
+    bundled = load_recipe("household-135m-align")
+    bundled.data.held_out, bundled.model.start_from = "fold-3", recipes["align"].model.start_from
+    assert recipes["align"] == bundled, "nothing else differs from the bundled recipe"
+
+
+def test_the_summary_pairs_objects_with_each_baseline(script: ModuleType, tmp_path: Path) -> None:
+    found = {"classification": {"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0}, "captioning": {"a": 60.0, "b": 40.0}}
+    for name, rows in {
+        "classification": [{"right": right} for right in (True, False, False, False)],
+        "captioning": [{"metrics": {script.MEASURES["captioning"]: value}} for value in (50.0, 50.0)],
+    }.items():
+        folder = tmp_path / "forest" / name
+        folder.mkdir(parents=True)
+        objects: list[dict[str, Any]] = [
+            {"object_id": key, "question": "I", **row} for key, row in zip("abcd", rows, strict=False)
+        ]
+        content = {"benchmark": name, "judge": None, "questions": {}, "objects": objects}
+        (folder / "results.json").write_text(json.dumps(content))
+    told = script.summary(found, tmp_path)
+    assert (told["accuracy"]["mean"], told["accuracy"]["n"]) == (0.75, 4)
+    assert told["minus_forest"]["classification"]["mean"] == 0.5
+    assert told["minus_forest"]["captioning"]["mean"] == 0.0
+    assert told["minus_forest"]["captioning"]["n"] == 2
