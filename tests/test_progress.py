@@ -40,3 +40,23 @@ def test_an_error_passes_through_a_bar_that_was_not_shown(monkeypatch):
     monkeypatch.setattr(module, "Console", lambda stderr: Console(file=io.StringIO(), force_terminal=True))
     with pytest.raises(ValueError, match="broken"), progress("work", 3, patience=10.0):
         raise ValueError("broken")
+
+
+def test_steps_of_an_earlier_run_do_not_count_for_the_rate(monkeypatch, capsys):
+    clock = iter([0.0, 100.0, 200.0, 300.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    with progress("work", 1000, before=800) as advance:
+        for _ in range(3):
+            advance(50)
+    first, second, _ = capsys.readouterr().err.splitlines()
+    assert first == "work: 850/1000, 0.5/s, 5:00 left"
+    assert second == "work: 900/1000, 0.5/s, 3:20 left"
+
+
+def test_what_is_found_done_is_forgotten_by_the_rate(monkeypatch, capsys):
+    clock = iter([0.0, 0.001, 100.0, 200.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    with progress("work", 1000) as advance:
+        for steps in (800, 50, 50):
+            advance(steps)
+    assert capsys.readouterr().err.splitlines()[-1] == "work: 900/1000, 0.5/s, 3:20 left"

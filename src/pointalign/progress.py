@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_OF_RATE = 60.0
 
 
 class _RateColumn(TextColumn):
@@ -45,7 +47,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def progress(
-    description: str, total: int, note: Callable[[], str] | None = None, patience: float = 0.0
+    description: str, total: int, note: Callable[[], str] | None = None, patience: float = 0.0, before: int = 0
 ) -> Iterator[Callable[[int], None]]:
     """Show how far a piece of work is.
 
@@ -54,6 +56,7 @@ def progress(
         total: number of steps in all.
         note: gives a short text to show beside the numbers, for instance the loss.
         patience: seconds that pass before anything is shown, for work that is mostly quick.
+        before: how many of the steps an earlier run has done, which say nothing of this one's rate.
 
     Yields:
         A function that is told how many steps were done since it was last called.
@@ -72,7 +75,7 @@ def progress(
             TextColumn("{task.fields[note]}"),
         ]
         bars = Progress(*columns, console=console)
-        task = bars.add_task(description, total=total, note="")
+        task = bars.add_task(description, total=total, completed=before, note="")
         start = time.monotonic()
 
         def advance(steps: int) -> None:
@@ -88,12 +91,16 @@ def progress(
             if bars.live.is_started:
                 bars.stop()
         return
-    yield _lines(description, total, note, patience)
+    yield _lines(description, total, note, patience, before)
 
 
-def _lines(description: str, total: int, note: Callable[[], str] | None, patience: float) -> Callable[[int], None]:
+def _lines(
+    description: str, total: int, note: Callable[[], str] | None, patience: float, before: int
+) -> Callable[[int], None]:
     start = shown = time.monotonic()
-    done = 0
+    done = before
+    # What was found done already goes by in no time, so the rate is that of the last while.
+    marks = deque([(start, done)])
 
     def advance(steps: int) -> None:
         nonlocal done, shown
@@ -102,7 +109,10 @@ def _lines(description: str, total: int, note: Callable[[], str] | None, patienc
         if (done < total and now - shown < SECONDS_BETWEEN_LINES) or now - start < patience:
             return
         shown = now
-        rate = done / max(now - start, 1e-9)
+        while len(marks) > 1 and now - marks[0][0] > SECONDS_OF_RATE:
+            marks.popleft()
+        rate = max(done - marks[0][1], 1e-9) / max(now - marks[0][0], 1e-9)
+        marks.append((now, done))
         left = f"{_duration((total - done) / rate)} left" if done < total else f"took {_duration(now - start)}"
         extra = f", {note()}" if note else ""
         print(f"{description}: {done}/{total}, {rate:.1f}/s, {left}{extra}", file=sys.stderr, flush=True)

@@ -120,9 +120,8 @@ def run_trainer(
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
             callback.advance = stack.enter_context(
-                progress(recipe.name, recipe.optimizer.max_steps, lambda: callback.last_losses)
+                progress(recipe.name, recipe.optimizer.max_steps, lambda: callback.last_losses, before=done)
             )
-            callback.advance(done)
         stack.enter_context(stop_on_signal(callback))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < recipe.optimizer.max_steps:
