@@ -28,8 +28,9 @@ import numpy as np
 from pointalign.config import DataSet, DataSettings, Recipe
 from pointalign.data.conversations import Collator, ConversationDataset, parse_conversation
 from pointalign.data.sources import open_training_data
+from pointalign.models.chat_text import choose_point_token
 from pointalign.models.language_model import load_tokenizer
-from pointalign.models.processing import PointAlignProcessor, choose_point_token
+from pointalign.models.processing import PointAlignProcessor
 from pointalign.training import mixture
 
 WORDS = [

@@ -171,18 +171,6 @@ def test_a_bad_command_ends_in_one_line(
     assert "Traceback" not in err
 
 
-def test_without_a_model_one_line_says_how_to_name_one(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("POINTALIGN_MODEL")
-    status, _, err = run(capsys, "caption", "things")
-    assert status == 1
-    assert err.strip().splitlines() == [
-        "pointalign: no model is named: give --model FOLDER or a Hub id (in Python model=...), or set the environment "
-        "variable POINTALIGN_MODEL"
-    ]
-
-
 # In processes of their own: how a run ends.
 
 

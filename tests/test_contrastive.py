@@ -48,7 +48,7 @@ def tower() -> torch.Tensor:
 def test_an_augmented_cloud_is_still_one_cloud_that_stands_upright() -> None:
     seen = []
     for seed in range(60):
-        cloud = augment(tower(), torch.Generator().manual_seed(seed), 512)
+        cloud = augment(tower(), torch.Generator().manual_seed(seed), 512, 0.5)
         assert cloud.shape == (512, 6)
         torch.testing.assert_close(cloud[:, :3].norm(dim=1).max(), torch.tensor(1.0))
         torch.testing.assert_close(cloud[:, :3].mean(dim=0), torch.zeros(3), atol=1e-5, rtol=0)
@@ -65,7 +65,8 @@ def test_an_augmented_cloud_is_still_one_cloud_that_stands_upright() -> None:
 def test_an_augmented_cloud_knows_its_radius_half_the_time() -> None:
     unit = torch.full((2048, 1), 0.5)
     radii = [
-        augment(torch.cat([tower(), unit], dim=1), torch.Generator().manual_seed(seed), 512)[:, 6] for seed in range(60)
+        augment(torch.cat([tower(), unit], dim=1), torch.Generator().manual_seed(seed), 512, 0.5)[:, 6]
+        for seed in range(60)
     ]
     assert all(bool((radius == radius[0]).all()) for radius in radii)
     known = [float(radius[0]) for radius in radii if radius[0] > 0]
@@ -77,7 +78,7 @@ def test_an_augmented_cloud_knows_its_radius_half_the_time() -> None:
 
 def test_a_sample_is_a_function_of_seed_object_and_step() -> None:
     def dataset(seed: int) -> CloudTextDataset:
-        return CloudTextDataset(lambda number: tower() * (number + 1), {"text_embeddings": torch.eye(3)}, 64, seed)
+        return CloudTextDataset(lambda number: tower() * (number + 1), {"text_embeddings": torch.eye(3)}, 64, 0.5, seed)
 
     first, again = dataset(1)[2, 5], dataset(1)[2, 5]
     assert len(dataset(1)) == 3

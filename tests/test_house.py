@@ -51,6 +51,8 @@ MAY_IMPORT = {
     "runs": TRAINING,
     "full_size": TRAINING | {"full_size"},
     "sweep": TRAINING | {"conversion", "evaluation", "sweep"},
+    "bundle": TRAINING | {"model_card"},
+    "model_card": TRAINING | {"evaluation"},
     "recipe_table": TRAINING | {"full_size"},
     # The fronts may import anything, but inside functions, so that `pointalign --help` answers at once.
     "cli": {"", "errors", "config", "verbs"},

@@ -85,7 +85,10 @@ def test_any_cloud_can_be_drawn(
     assert (picture < 250).any()
 
 
-def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("POINTALIGN_MODEL", str(tiny_model))
     np.save(tmp_path / "cloud.npy", np.random.default_rng(0).random((300, 3)))
     with pytest.raises(SystemExit) as ended:
         main(["render", str(tmp_path / "cloud.npy"), "--out", str(tmp_path / "a.png"), "--points", "100", "--up", "z"])

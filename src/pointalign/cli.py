@@ -15,7 +15,7 @@ from pointalign.errors import PointAlignError
 from pointalign.verbs.answering import Caption, Chat, Classify, Demo, Render
 from pointalign.verbs.data import BuildExtra, BuildHousehold, CheckData, PackData
 from pointalign.verbs.measuring import Compare, Evaluate, Judge, Probe
-from pointalign.verbs.training import ImportCheckpoint, Quickstart, Recipes, Sweep, Train
+from pointalign.verbs.training import Bundle, ImportCheckpoint, Quickstart, Recipes, Sweep, Train
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -33,6 +33,7 @@ VERBS: dict[str, Any] = {
     "demo": Demo,
     "quickstart": Quickstart,
     "recipes": Recipes,
+    "bundle": Bundle,
     "import-checkpoint": ImportCheckpoint,
 }
 DATA_VERBS: dict[str, Any] = {"check": CheckData, "pack": PackData, "household": BuildHousehold, "extra": BuildExtra}

@@ -72,7 +72,7 @@ class ModelSettings:
     """What is trained: a checkpoint to start from, or parts to build."""
 
     start_from: str | None = None
-    """Folder or Hub id of a PointAlign checkpoint; when given, the sizes below are its own."""
+    """Folder or Hub id of a PointAlign checkpoint, or a bundled model; when given, the sizes below are its own."""
     language_model: str = "smollm2-135m"
     """Name, Hub id or folder of the language model."""
     point_token: str | None = None
@@ -162,6 +162,8 @@ class DataSettings:
     balance: float = 0.0
     """Stage encoder: of objects that c captions describe in the same words, each is drawn 1/c^balance as often; 0 draws all
     objects equally often, 1 all descriptions."""
+    size_told: float = 0.5
+    """How often a model that can be told how large an object is (metric_size) is told it, so that it learns to do without."""
     max_length: int = 512
     """Longest conversation in tokens; longer ones are refused."""
 

@@ -18,9 +18,10 @@ from pointalign.data.conversations import Conversation
 from pointalign.data.mixture import MixtureBatchSampler
 from pointalign.data.sources import open_training_data
 from pointalign.errors import ConfigError, DataError
+from pointalign.models.point_clouds import normalize_sized
 from pointalign.models.point_encoder import PointEncoder
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
-from pointalign.models.processing import PointAlignProcessor, normalize_sized
+from pointalign.models.processing import PointAlignProcessor
 from pointalign.run_folder import RunFolder
 from pointalign.run_loop import run_trainer
 from pointalign.sentence_embedding import embed_sentences
@@ -29,8 +30,8 @@ from pointalign.training import RecipeTrainer
 TARGET_TEMPERATURE = 0.05
 TEMPLATE_SHARE = 0.15
 NORM_WEIGHT = 0.1
-# How often a cloud is cut off, its colours change places, are dropped, or its size is not told, when it is augmented.
-CUT_CHANCE, RECOLOR_CHANCE, GRAY_CHANCE, UNSIZED_CHANCE = 0.3, 0.2, 0.25, 0.5
+# How often a cloud is cut off, its colours change places, or are dropped, when it is augmented.
+CUT_CHANCE, RECOLOR_CHANCE, GRAY_CHANCE = 0.3, 0.2, 0.25
 
 
 class PointTextContrast(nn.Module):
@@ -107,17 +108,18 @@ def caption_words(captions: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tens
     return torch.tensor(kept), weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
 
 
-def augment(points: Tensor, generator: torch.Generator, num_points: int) -> Tensor:
+def augment(points: Tensor, generator: torch.Generator, num_points: int, size_told: float) -> Tensor:
     """A cloud as it might have been: turned a little, stretched, shaken, in other light or paint, cut off, thinned.
 
     Args:
         points: (N, 6), y up, or (N, 7) with the unit of xyz in metres. Objects stand upright, so only small turns are made.
         generator: of all random choices.
         num_points: how many points to return.
+        size_told: how often the unit is kept, where there is one.
 
     Returns:
         (num_points, 6), normalised again; where a cut leaves fewer points, some come twice. Of a (N, 7) cloud also the radius
-        in metres, which is dropped half the time, so that the encoder learns to do without.
+        in metres, 0 where it is not told.
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -142,7 +144,7 @@ def augment(points: Tensor, generator: torch.Generator, num_points: int) -> Tens
         rgb = rgb[:, torch.randperm(3, generator=generator)]
     if happens(GRAY_CHANCE):
         rgb = torch.full_like(rgb, 0.5)
-    if happens(UNSIZED_CHANCE):
+    if happens(1 - size_told):
         unit = torch.zeros_like(unit)
     return normalize_sized(torch.cat([xyz, rgb, unit], dim=1))
 
@@ -165,8 +167,10 @@ class CloudTextDataset(Dataset):
         seed: of the augmentation, which depends on the seed, the object and the step alone.
     """
 
-    def __init__(self, read: Callable[[int], Tensor], texts: Mapping[str, Tensor], num_points: int, seed: int) -> None:
-        self.read, self.texts, self.num_points, self.seed = read, texts, num_points, seed
+    def __init__(
+        self, read: Callable[[int], Tensor], texts: Mapping[str, Tensor], num_points: int, size_told: float, seed: int
+    ) -> None:
+        self.read, self.texts, self.num_points, self.size_told, self.seed = read, texts, num_points, size_told, seed
 
     def __len__(self) -> int:
         return len(next(iter(self.texts.values())))
@@ -176,7 +180,7 @@ class CloudTextDataset(Dataset):
         number, step = index
         generator = torch.Generator().manual_seed(hash((self.seed, number, step)) % 2**63)
         return {
-            "point_clouds": augment(self.read(number), generator, self.num_points),
+            "point_clouds": augment(self.read(number), generator, self.num_points, self.size_told),
             **{name: tensor[number] for name, tensor in self.texts.items()},
         }
 
@@ -272,6 +276,7 @@ def train_encoder(
         lambda number: processor.clean_points(clouds[object_ids[number]]),
         {"text_embeddings": texts, "caption_words": weights},
         processor.num_points,
+        recipe.data.size_told,
         recipe.seed,
     )
     members = [balanced_members(weights, recipe.data.balance)]

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 from pointalign.config import LoraSettings, QFormerLoraSettings, Recipe, load_recipe, recipe_names
 from pointalign.errors import CheckpointError, ConfigError
-from pointalign.models.checkpoint import ADAPTED_PARTS, adapter_folder
+from pointalign.models.checkpoint import ADAPTED_PARTS, BUNDLED_MODELS, adapter_folder, find_checkpoint
 from pointalign.models.connector import ConnectorConfig
 from pointalign.models.language_model import load_text_config
 from pointalign.models.phi import PhiVariantConfig
@@ -144,7 +144,7 @@ def starting_model(
         return imported_model(published[start])
     written_by = {f"runs/{name}/model": name for name in recipe_names()}.get(start)
     if written_by is None:
-        return _model_like(Path(start))
+        return _model_like(find_checkpoint(start) if start in BUNDLED_MODELS else Path(start))
     earlier = load_recipe(written_by)
     model = starting_model(earlier, published)
     prepare_parts(model, earlier)

@@ -13,7 +13,8 @@ class ModelChoice:
     """Which model answers, and on what."""
 
     model: str | None = None
-    """Folder, training run or Hub id of the model; $POINTALIGN_MODEL when not given."""
+    """Folder, training run or Hub id of the model, or one that is bundled; $POINTALIGN_MODEL, else household-135m, when not
+    given."""
     device: str | None = None
     """Where to compute: cuda, cuda:1, cpu, ...; the accelerator if there is one when not given."""
     dtype: str | None = None

@@ -287,7 +287,8 @@ def pipeline(
 
     Args:
         task: "caption", "classify" or "chat".
-        model: a folder that `save_pretrained` wrote, a training run's folder, or a Hub id; $POINTALIGN_MODEL when None.
+        model: a folder that `save_pretrained` wrote, a training run's folder, a bundled
+            model's name or a Hub id; $POINTALIGN_MODEL, else household-135m, when None.
         device: where to compute; the accelerator if there is one, else the CPU, when None.
         dtype: of the language model; bfloat16 where the device multiplies it natively, else float32, when None.
         batch_size: objects that the model answers at a time.

@@ -25,10 +25,11 @@ from pointalign.data.features import FeatureCache, weights_fingerprint
 from pointalign.data.sources import OptionalSizes, missing_color, open_training_data, read_clouds, unsized
 from pointalign.errors import ConfigError
 from pointalign.figures import draw_losses
+from pointalign.models.chat_text import choose_point_token
 from pointalign.models.checkpoint import fit_embeddings
 from pointalign.models.language_model import load_language_model, load_tokenizer
 from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
-from pointalign.models.processing import PointAlignProcessor, choose_point_token, load_processor
+from pointalign.models.processing import PointAlignProcessor, load_processor
 from pointalign.parts import prepare_parts
 from pointalign.progress import is_first_process, progress
 from pointalign.released import released_messages
@@ -41,8 +42,6 @@ PROJECTOR_FILE = "alignment_projector.safetensors"
 ENCODE_BATCH = 16
 # 400 MB of clouds of 8,192 points; 660K of them would fill any memory.
 KEPT_CLOUDS = 2000
-# How many conversations are about a cloud whose size is told, for models that can be told it.
-SIZE_TOLD = 0.5
 
 
 def build_model(
@@ -292,7 +291,7 @@ def train_language(
         clouds = OptionalSizes(clouds)
         object_ids = [*object_ids, *map(unsized, object_ids)]
         # So that the model also answers about clouds of unknown size.
-        told = np.random.default_rng(recipe.seed).random(len(conversations)) < SIZE_TOLD
+        told = np.random.default_rng(recipe.seed).random(len(conversations)) < recipe.data.size_told
         options["cloud_name"] = lambda object_id, number: object_id if told[number] else unsized(object_id)
     points: Any = PreparedClouds(clouds, processor)
     if fields:

@@ -13,16 +13,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from pointalign.answering import loading
-from pointalign.answering.loading import fetch_model, load_answerer, resolve_model
+from pointalign.answering.loading import fetch_model, load_answerer
 from pointalign.errors import CheckpointError, ConfigError
+from pointalign.models.checkpoint import resolve_model
 
 
 def test_a_name_stands_for_a_folder_a_run_or_the_environment(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("POINTALIGN_MODEL", raising=False)
-    with pytest.raises(ConfigError, match=r"no model is named: give --model .* POINTALIGN_MODEL"):
-        resolve_model()
+    assert resolve_model() == "household-135m"
     monkeypatch.setenv("POINTALIGN_MODEL", "from/environment")
     assert resolve_model() == "from/environment"
     assert resolve_model("from/argument") == "from/argument"

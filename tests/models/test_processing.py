@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pointalign.errors import CheckpointError, ConfigError, DataError
-from pointalign.models.processing import PointAlignProcessor, choose_point_token, load_processor
+from pointalign.models.chat_text import choose_point_token
+from pointalign.models.processing import PointAlignProcessor, load_processor
 
 Q, POINT, PAD, END = 5, 259, 256, 258
 CHAT = [

@@ -177,7 +177,6 @@ def test_an_mlps_tokens_tell_where_their_groups_lie(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "no model is named; give --model FOLDER"),
         (["--model", "M", "--model", "M"], "is named twice"),
         (["--model", "M", "--k", "0"], "--k and --batch-size are 1 or more"),
         (["--model", "M", "--limit", "3", "--k", "4"], "--k 4 is more than the objects"),

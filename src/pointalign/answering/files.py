@@ -16,10 +16,11 @@ from torch import Tensor
 from pointalign.answering.answerer import Answerer
 from pointalign.answering.inputs import Input, find_inputs
 from pointalign.answering.lines import LinesFile, Row, StandardOutput
-from pointalign.answering.loading import fetch_model, load_answerer, resolve_model
+from pointalign.answering.loading import fetch_model, load_answerer
 from pointalign.answering.reading import read_clouds, reading_processes
 from pointalign.errors import DataError
 from pointalign.evaluation.provenance import model_fingerprint
+from pointalign.models.checkpoint import resolve_model
 from pointalign.options import ManyFiles, ModelChoice, Reading
 from pointalign.progress import progress, say
 
@@ -63,7 +64,7 @@ def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: R
         (`earlier`); the seconds that answering took, without loading the model; and the objects answered per second.
 
     Raises:
-        PointAlignError: when no object or model is named, the model cannot be loaded, or lines cannot be written.
+        PointAlignError: when no object is named, the model cannot be loaded, or lines cannot be written.
     """
     inputs = find_inputs(paths)
     name = resolve_model(choice.model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,36 +18,14 @@ from pointalign.answering.answerer import Answerer
 from pointalign.data.files.source import readable
 from pointalign.device import native_bf16
 from pointalign.errors import CheckpointError, ConfigError
-from pointalign.models.checkpoint import find_checkpoint
-from pointalign.models.language_model import hub_is_off, resolve_language_model
+from pointalign.models.checkpoint import find_checkpoint, local_checkpoint, resolve_model
+from pointalign.models.language_model import EMBEDDED, hub_is_off, resolve_language_model
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
 from pointalign.progress import say
 
-MODEL_VARIABLE = "POINTALIGN_MODEL"
 # What transformers fetches of a language model's repository.
 LANGUAGE_MODEL_FILES = ["*.safetensors", "*.json"]
-
-
-def resolve_model(name: str | Path | None = None) -> str:
-    """The folder or Hub id that a model's name stands for.
-
-    Args:
-        name: a folder that `save_pretrained` wrote, a training run's folder, or a Hub id; $POINTALIGN_MODEL when None.
-
-    Raises:
-        ConfigError: when no model is named at all.
-    """
-    wanted = str(name or os.environ.get(MODEL_VARIABLE) or "")
-    if not wanted:
-        raise ConfigError(
-            "no model is named: give --model FOLDER or a Hub id (in Python model=...), or set the environment variable "
-            f"{MODEL_VARIABLE}"
-        )
-    trained = Path(wanted) / "model"
-    if (trained / "config.json").is_file() and not (Path(wanted) / "config.json").is_file():
-        return str(trained)
-    return wanted
 
 
 def fetch_model(name: str) -> Path:
@@ -59,14 +36,15 @@ def fetch_model(name: str) -> Path:
     Raises:
         CheckpointError: when there is no such model, or it is not a PointAlign model.
     """
-    if not Path(name).is_dir():
+    if local_checkpoint(name) is None:
         _announce_download(name, None)
     folder = find_checkpoint(name)
     config = _read_config(folder)
     if (language_model := config.get("language_model")) is not None:
         resolved = resolve_language_model(language_model)
         if not Path(resolved).is_dir():
-            _announce_download(resolved, LANGUAGE_MODEL_FILES)
+            embedded = EMBEDDED.get(language_model)
+            _announce_download(resolved, LANGUAGE_MODEL_FILES, f"; `{embedded.install}` has it too" if embedded else "")
     return folder
 
 
@@ -85,7 +63,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _announce_download(repository: str, patterns: list[str] | None) -> None:
+def _announce_download(repository: str, patterns: list[str] | None, instead: str = "") -> None:
     if hub_is_off():
         return
     try:
@@ -97,6 +75,7 @@ def _announce_download(repository: str, patterns: list[str] | None) -> None:
     if sizes:
         say(
             f"fetching {repository} from the Hub: {len(sizes)} files, {readable(sum(sizes))}; they are kept for next time"
+            + instead
         )
 
 

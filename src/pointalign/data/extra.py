@@ -7,50 +7,30 @@ them is near a held-out object of household, so that they can join its training 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pointalign.data.household import read_clouds, read_columns, with_unit
+from pointalign.data.household import CatalogObject, read_clouds, read_columns
 from pointalign.data.household_text import build_instructions
 
 
 @dataclass(frozen=True)
-class ExtraObject:
-    """One object.
+class ExtraObject(CatalogObject):
+    """One extra object.
 
     Attributes:
-        id: package and path in lower case, for instance "0ad-fauna-wolf".
-        name, category, tags: the model's file and its folders, as the package has them.
-        creator: whom the package names.
-        licence: SPDX identifier.
-        source: the Debian package.
         size: extents along x, y (height) and z in metres; None where the model's unit is not certain.
         label: one of `household_classes()` where it is certainly that, else None.
-        noun: what it is in plain English with its article, for instance "a palm tree".
-        family: what it shares with the models that are nearly the same.
-        points: (2048, 6) float32 in farthest-point order, y up: xyz in the unit ball, rgb (sRGB) in [0, 1].
     """
 
-    id: str
-    name: str
-    category: str
-    tags: tuple[str, ...]
-    creator: str
-    licence: str
-    source: str
     size: tuple[float, float, float] | None
     label: str | None
-    noun: str
-    family: str
-    points: np.ndarray = field(repr=False, compare=False)
 
     @property
-    def sized_points(self) -> np.ndarray:
-        """(2048, 7): the points, and in every row the unit of xyz in metres, 0 where the size is not known."""
-        return with_unit(self.points, self.size)
+    def extents(self) -> tuple[float, ...] | None:
+        """As of every object."""
+        return self.size
 
 
 def load_extra(path: str | Path) -> list[ExtraObject]:

@@ -31,19 +31,17 @@ MISSING_COLOR = (128 / 255, 128 / 255, 128 / 255)
 
 
 @dataclass(frozen=True)
-class HouseholdObject:
-    """One object.
+class CatalogObject:
+    """What is known of any object that a model may be trained on.
 
     Attributes:
-        id: collection and catalogue id in lower case, for instance "scopia-armchair1".
-        name, category, tags, creator: as the catalogue has them.
+        id: where it comes from and which it is there, in lower case, for instance "scopia-armchair1".
+        name, category, tags: as its catalogue or package has them.
+        creator: whom that names.
         licence: SPDX identifier.
-        source: the collection, which is the name of its .sh3f file.
-        size_cm: extents along x (width), y (height) and z (depth) in centimetres.
-        label: one of `household_classes()`.
+        source: the collection or package.
         noun: what it is in plain English with its article, for instance "a corner sofa".
         family: what it shares with the models that are nearly the same.
-        split: "train" or "test".
         points: (2048, 6) float32 in farthest-point order, y up: xyz in the unit ball, rgb (sRGB) in [0, 1].
     """
 
@@ -54,17 +52,39 @@ class HouseholdObject:
     creator: str
     licence: str
     source: str
-    size_cm: tuple[float, float, float]
-    label: str
     noun: str
     family: str
-    split: str
     points: np.ndarray = field(repr=False, compare=False)
 
     @property
+    def extents(self) -> tuple[float, ...] | None:
+        """Along x (width), y (height) and z (depth) in metres; None where they are not known."""
+        return None
+
+    @property
     def sized_points(self) -> np.ndarray:
-        """(2048, 7): the points, and in every row the unit of xyz in metres, as the processor takes it."""
-        return with_unit(self.points, [extent / 100 for extent in self.size_cm])
+        """(2048, 7): the points, and in every row the unit of xyz in metres, 0 where the size is not known."""
+        return with_unit(self.points, self.extents)
+
+
+@dataclass(frozen=True)
+class HouseholdObject(CatalogObject):
+    """One bundled object.
+
+    Attributes:
+        size_cm: extents along x (width), y (height) and z (depth) in centimetres.
+        label: one of `household_classes()`.
+        split: "train" or "test".
+    """
+
+    size_cm: tuple[float, float, float]
+    label: str
+    split: str
+
+    @property
+    def extents(self) -> tuple[float, ...]:
+        """As of every object; here they are known."""
+        return tuple(extent / 100 for extent in self.size_cm)
 
 
 def with_unit(points: np.ndarray, extents: Sequence[float] | None) -> np.ndarray:

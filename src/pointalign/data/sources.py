@@ -17,8 +17,8 @@ from pointalign.data.conversations import (
     keep_fraction,
     read_conversations,
 )
-from pointalign.data.extra import ExtraObject, load_extra
-from pointalign.data.household import HOUSEHOLD_FILE, MISSING_COLOR, HouseholdObject
+from pointalign.data.extra import load_extra
+from pointalign.data.household import HOUSEHOLD_FILE, MISSING_COLOR, CatalogObject
 from pointalign.data.household_split import household_sides
 from pointalign.data.household_text import build_instructions
 from pointalign.data.objaverse import BROKEN_OBJECTS, NumpyClouds
@@ -39,7 +39,7 @@ class HouseholdClouds:
         extra: the file of the extra ones.
     """
 
-    def __init__(self, objects: Sequence[HouseholdObject | ExtraObject], extra: Path | None = None) -> None:
+    def __init__(self, objects: Sequence[CatalogObject], extra: Path | None = None) -> None:
         self.objects = {thing.id: thing for thing in objects}
         self.extra = extra
 

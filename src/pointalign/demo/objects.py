@@ -43,7 +43,7 @@ def bundled_cloud(object_id: str) -> PointCloud:
         f"bundled object {thing.id} by {thing.creator} ({thing.licence}), of the held-out part",
         f"{len(thing.points):,} points with colours",
     )
-    return PointCloud(thing.points[:, :3], thing.points[:, 3:], thing.noun, notes)
+    return PointCloud(thing.points[:, :3], thing.points[:, 3:], thing.noun, notes, float(thing.sized_points[0, 6]))
 
 
 def choices() -> list[tuple[str, str]]:

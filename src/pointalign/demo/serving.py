@@ -14,12 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pointalign.answering.loading import load_answerer, resolve_model
+from pointalign.answering.loading import load_answerer
 from pointalign.answering.reading import TimedReader
 from pointalign.data.files.source import MEBIBYTE
 from pointalign.demo.uploads import Gate, Uploads
 from pointalign.demo.visit import Desk
 from pointalign.errors import ConfigError, MissingDependencyError
+from pointalign.models.checkpoint import resolve_model
 from pointalign.options import Decoding, ModelChoice, Page, Reading
 from pointalign.progress import say
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pointalign.models.checkpoint import find_checkpoint
+from pointalign.models.checkpoint import find_checkpoint, shared_folder
 from pointalign.models.language_model import resolve_language_model
 from pointalign.run_folder import PACKAGES, git_commit
 
@@ -32,6 +32,8 @@ def model_fingerprint(name: str) -> str:
     digest = hashlib.sha256()
     folder = find_checkpoint(name)
     _add_folder(digest, folder)
+    if (shared := shared_folder(folder)) != folder:
+        _add_folder(digest, shared)
     language_model = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("language_model")
     if language_model is not None:
         resolved = Path(resolve_language_model(language_model))

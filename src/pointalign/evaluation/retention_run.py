@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pointalign.answering.loading import quiet_transformers, resolve_model
+from pointalign.answering.loading import quiet_transformers
 from pointalign.evaluation.processes import evaluation_device
 from pointalign.evaluation.provenance import environment, model_fingerprint
 from pointalign.evaluation.results import RESULTS_FILE
@@ -17,6 +17,7 @@ from pointalign.evaluation.retention import (
     retention_passages,
     retention_prompts,
 )
+from pointalign.models.checkpoint import resolve_model
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
 from pointalign.progress import progress

@@ -26,12 +26,13 @@ from pointalign.importers.assembly import (
     take_alignment_projector,
 )
 from pointalign.importers.tensors import WeightStack, has_weights, read_json, read_weights
+from pointalign.models.chat_text import choose_point_token
 from pointalign.models.checkpoint import find_checkpoint
 from pointalign.models.connector import ConnectorConfig, Routing
 from pointalign.models.language_model import load_tokenizer
 from pointalign.models.phi import PhiVariantConfig
 from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
-from pointalign.models.processing import PointAlignProcessor, choose_point_token
+from pointalign.models.processing import PointAlignProcessor
 
 END_SYMBOL = "###"
 CHAT_TEMPLATE = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ from pointalign.models.language_model import load_language_model
 
 ADAPTED_PARTS = ("language_model", "connector.qformer")
 WEIGHTS_FILE = "model.safetensors"
+ASSETS = Path(__file__).parent.parent / "assets"
+# The models that come with the package; the first is used where none is named.
+BUNDLED_MODELS = ("household-135m", "household-135m-pretrain")
+MODEL_VARIABLE = "POINTALIGN_MODEL"
 
 
 def adapter_folder(part: str) -> str:
@@ -63,21 +69,71 @@ def _part(model: nn.Module, name: str) -> Any:
     return module
 
 
-def find_checkpoint(name: str) -> Path:
-    """The local folder of a checkpoint: a folder as it is, anything else from the Hub.
+def resolve_model(name: str | Path | None = None) -> str:
+    """The folder, bundled model or Hub id that is meant.
+
+    Args:
+        name: a folder that `save_pretrained` wrote, a training run's folder, a bundled model's name or a Hub id; when None,
+            what $POINTALIGN_MODEL says, else the first bundled model.
+    """
+    wanted = str(name or os.environ.get(MODEL_VARIABLE) or BUNDLED_MODELS[0])
+    trained = Path(wanted) / "model"
+    if (trained / "config.json").is_file() and not (Path(wanted) / "config.json").is_file():
+        return str(trained)
+    return wanted
+
+
+def local_checkpoint(name: str) -> Path | None:
+    """The folder of a checkpoint that is on this machine; None for anything else, which may be a Hub id.
 
     Raises:
-        CheckpointError: when there is neither.
+        CheckpointError: for a folder without a checkpoint, or a bundled model that the installation lacks.
     """
     folder = Path(name)
+    if (folder / "config.json").is_file():
+        return folder
+    if name in BUNDLED_MODELS:
+        if (ASSETS / name / "config.json").is_file():
+            return ASSETS / name
+        raise CheckpointError(f"this installation lacks the bundled model {name}; install pointalign again")
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
+        raise CheckpointError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
+    return None
+
+
+def find_checkpoint(name: str) -> Path:
+    """The local folder of a checkpoint: a folder as it is, a bundled model's, anything else from the Hub.
+
+    Raises:
+        CheckpointError: when there is none of them.
+    """
+    if (folder := local_checkpoint(name)) is not None:
         return folder
     try:
         return Path(snapshot_download(name))
     except (OSError, ValueError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(f"found no checkpoint {name!r}: give an existing folder or a reachable Hub id") from error
+        known = ", ".join(BUNDLED_MODELS)
+        raise CheckpointError(
+            f"found no checkpoint {name!r}: give an existing folder, a reachable Hub id, or one of {known}"
+        ) from error
+
+
+def shared_folder(folder: Path) -> Path:
+    """The folder that holds a checkpoint's own weights and its processor: itself, or the one that its config.json names.
+
+    Raises:
+        CheckpointError: when that one is not there.
+    """
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("shared_with")
+    except (OSError, ValueError, AttributeError):
+        return folder  # whoever reads the configuration tells what is wrong with it
+    if named is None:
+        return folder
+    shared = folder / str(named)
+    if not (shared / WEIGHTS_FILE).is_file():
+        raise CheckpointError(f"{folder} shares the weights of {shared}, which is not there; copy both folders")
+    return shared
 
 
 def load_weights_file(path: Path) -> dict[str, Tensor]:
@@ -153,7 +209,9 @@ def load_own_weights(
                 device=weight.device,
                 dtype=kwargs.get("dtype") if isinstance(kwargs.get("dtype"), torch.dtype) else None,
             )
-        load_into(model, load_weights_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, ignore="language_model.")
+        weights = shared_folder(folder) / WEIGHTS_FILE
+        load_into(model, load_weights_file(weights), weights, ignore="language_model.")
+        config.shared_with = None
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     for part in ADAPTED_PARTS:

@@ -39,6 +39,8 @@ class PointAlignConfig(PreTrainedConfig):
         point_token_id: placeholder id that stands for one point token in `input_ids`.
         language_model: name, Hub id or folder of the language model whose weights a checkpoint leaves out; None when
             the checkpoint holds them itself.
+        shared_with: folder, relative to the checkpoint's, that holds the point encoder, the connector and the processor,
+            for a checkpoint that differs from another by its adapters alone; a loaded model forgets it.
     """
 
     model_type = "pointalign"
@@ -53,6 +55,7 @@ class PointAlignConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     point_token_id: int = 0
     language_model: str | None = None
+    shared_with: str | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -346,10 +349,10 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, pretrained_model_name_or_path: str | Path, *args: Any, is_trainable: bool = False, **kwargs: Any
     ) -> PointAlignForConditionalGeneration:
-        """Load a folder or Hub repository that `save_pretrained` wrote.
+        """Load a bundled model, or a folder or Hub repository that `save_pretrained` wrote.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id.
+            pretrained_model_name_or_path: `household-135m`, a folder or a Hub id.
             args: passed to `PreTrainedModel.from_pretrained`.
             is_trainable: whether a LoRA adapter is loaded for further training.
             kwargs: passed to `PreTrainedModel.from_pretrained` (dtype, device_map, quantization_config, ...); for a

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from pointalign.errors import CheckpointError, ConfigError, DataError
-from pointalign.geometry import cloud_radius, farthest_point_sample, normalize_point_cloud
-from pointalign.models.checkpoint import find_checkpoint
-
-DEFAULT_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-    "{% elif message['role'] == 'system' %}{{ message['content'] + '\n' }}"
-    "{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
-)
-
-Message = Mapping[str, Any]
-
-
-class Segment(NamedTuple):
-    """A piece of a rendered conversation, and whether the model is to learn to write it."""
-
-    text: str
-    is_answer: bool
+from pointalign.models.chat_text import DEFAULT_CHAT_TEMPLATE, Message, Segment, cut_at_answers
+from pointalign.models.checkpoint import BUNDLED_MODELS, find_checkpoint, shared_folder
+from pointalign.models.point_clouds import clean_cloud, sample_cloud
 
 
 class PointAlignProcessor(ProcessorMixin):
@@ -88,6 +72,25 @@ class PointAlignProcessor(ProcessorMixin):
         """Names of the tensors that a model takes."""
         return ["input_ids", "attention_mask", "point_clouds"]
 
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> PointAlignProcessor:
+        """Load the processor that lies beside a model.
+
+        Args:
+            pretrained_model_name_or_path: `household-135m`, a folder or a Hub id.
+            kwargs: passed to `ProcessorMixin.from_pretrained`.
+
+        Raises:
+            CheckpointError: when a bundled model, or the folder that a model shares its processor with, is not there.
+            OSError: when its processor is missing or broken.
+        """
+        name = str(pretrained_model_name_or_path)
+        if name in BUNDLED_MODELS or (Path(name) / "config.json").is_file():
+            name = str(shared_folder(find_checkpoint(name)))
+        return super().from_pretrained(name, **kwargs)  # pyright: ignore[reportReturnType]
+
     def prepare_points(self, points: Any) -> Tensor:
         """One cloud as the model wants it.
 
@@ -104,12 +107,7 @@ class PointAlignProcessor(ProcessorMixin):
         Raises:
             DataError: as `clean_points`.
         """
-        cloud = self.clean_points(points)
-        if len(cloud) > self.num_points:
-            cloud = cloud[farthest_point_sample(cloud[None, :, :3], self.num_points)[0]]
-        elif len(cloud) < self.num_points:
-            cloud = cloud[torch.arange(self.num_points) % len(cloud)]
-        return normalize_sized(cloud)
+        return sample_cloud(self.clean_points(points), self.num_points)
 
     def clean_points(self, points: Any) -> Tensor:
         """All points of one cloud, checked and with colours; where they lie stays as it is.
@@ -127,37 +125,7 @@ class PointAlignProcessor(ProcessorMixin):
             DataError: for a wrong shape, too few points, values that are not finite, colours outside 0-255, or several
                 units.
         """
-        cloud = points if isinstance(points, Tensor) else torch.from_numpy(_as_array(points))
-        if cloud.ndim != 2 or cloud.shape[1] not in (3, 6, 7):
-            raise DataError(
-                f"a point cloud has shape (points, 3) or (points, 6), xyz and rgb; this one has {tuple(cloud.shape)}"
-            )
-        cloud = cloud.detach().to("cpu", torch.float32)
-        if len(cloud) < self.min_points:
-            raise DataError(f"the cloud has {len(cloud)} points; this model needs at least {self.min_points}")
-        bad_rows = (~cloud.isfinite()).any(dim=1).nonzero().flatten()
-        if len(bad_rows):
-            raise DataError(
-                f"{len(bad_rows)} of {len(cloud)} points hold NaN or infinite values (first: row {int(bad_rows[0])}); "
-                "remove them"
-            )
-        unit = cloud[:, 6:] if cloud.shape[1] == 7 else torch.zeros(len(cloud), 1)
-        if (unit != unit[0]).any() or unit[0] < 0:
-            raise DataError("the seventh column is the unit of xyz in metres, one positive number in every row (or 0)")
-        columns = [cloud[:, :3], self._colors(cloud[:, :6])]
-        return torch.cat([*columns, unit] if self.metric_size else columns, dim=1)
-
-    def _colors(self, cloud: Tensor) -> Tensor:
-        if cloud.shape[1] == 3:
-            return torch.tensor(self.missing_color).expand(len(cloud), 3)
-        colors = cloud[:, 3:]
-        low, high = float(colors.min()), float(colors.max())
-        if low < 0 or high > 255 or 1 < high < 2:
-            raise DataError(f"colours lie between {low:g} and {high:g}; give rgb in [0, 1] (or 0-255)")
-        if high > 1:
-            warnings.warn(f"colours up to {high:g} are taken as 0-255 and divided by 255", stacklevel=5)
-            colors = colors / 255
-        return colors
+        return clean_cloud(points, self.min_points, self.missing_color, self.metric_size)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Segment]:
         """A conversation as text, cut where the assistant's turns begin and end.
@@ -176,26 +144,11 @@ class PointAlignProcessor(ProcessorMixin):
         turns = [{"role": message["role"], "content": self._content(message["content"])} for message in messages]
         if self.system_prompt is not None and (not turns or turns[0]["role"] != "system"):
             turns.insert(0, {"role": "system", "content": self.system_prompt})
-        segments, written = [], ""
-        for index, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            prompt = self._template(turns[:index], True)
-            full = self._template(turns[: index + 1], False)
-            if not (prompt.startswith(written) and full.startswith(prompt)):
-                raise DataError(
-                    "this tokenizer's chat template rewrites earlier turns, so answers cannot be told from prompts; "
-                    "give the processor a chat_template that only appends"
-                )
-            answer = full[len(prompt) :].rstrip()
-            segments += [Segment(prompt[len(written) :], False), Segment(answer, True)]
-            written = prompt + answer
-        rest = self._template(turns, add_generation_prompt)[len(written) :]
-        return [segment for segment in [*segments, Segment(rest, False)] if segment.text]
+        return cut_at_answers(turns, self._template, add_generation_prompt)
 
-    def _template(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _template(self, turns: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
-            turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+            list(turns), chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
     def _content(self, content: str | Sequence[Mapping[str, Any]]) -> str:
@@ -339,30 +292,6 @@ class PointAlignProcessor(ProcessorMixin):
         return BatchFeature(data)
 
 
-def normalize_sized(cloud: Tensor) -> Tensor:
-    """`normalize_point_cloud`; a seventh column, the unit of xyz in metres, becomes the cloud's radius in metres.
-
-    Args:
-        cloud: (N, 6) or (N, 7).
-    """
-    normalized = normalize_point_cloud(cloud)
-    if cloud.shape[1] == 7:
-        normalized[:, 6] *= cloud_radius(cloud)
-    return normalized
-
-
-def _as_array(points: Any) -> np.ndarray:
-    """A copy that torch can share: native byte order, no negative strides, writable."""
-    try:
-        with np.errstate(over="ignore"):  # too large for float32 is infinite, and refused as such
-            return np.array(points, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"a point cloud is an array of numbers of shape (points, 3) or (points, 6); this {type(points).__name__} is "
-            f"not ({str(error).splitlines()[0]})"
-        ) from error
-
-
 def _parts(content: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
@@ -374,41 +303,8 @@ def load_processor(name: str) -> PointAlignProcessor:
         CheckpointError: when it is missing or broken.
     """
     try:
-        return PointAlignProcessor.from_pretrained(str(find_checkpoint(name)))
+        return PointAlignProcessor.from_pretrained(find_checkpoint(name))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot load the processor of {name}: {str(error).splitlines()[0]}; copy it again"
         ) from error
-
-
-def choose_point_token(tokenizer: Any, embedding_rows: int, wanted: str | None = None) -> str:
-    """Give the tokenizer a placeholder for point tokens, without touching the language model where possible.
-
-    In this order: the token asked for; `<point>` if the vocabulary has it; `<point>` in one of the embedding's unused
-    rows; a special token that the tokenizer reserves but neither its chat template nor its sequence marks use; at last
-    `<point>` as a new row (the caller then grows the embedding).
-
-    Args:
-        tokenizer: changed in place where a token is added.
-        embedding_rows: rows of the language model's token embedding.
-        wanted: a token of the user's choice.
-
-    Returns:
-        The token's text.
-    """
-    vocabulary = tokenizer.get_vocab()
-    token = wanted or "<point>"
-    if token in vocabulary:
-        return token
-    if wanted is None and len(tokenizer) >= embedding_rows:
-        template = str(getattr(tokenizer, "chat_template", None))
-        used = set(tokenizer.all_special_tokens)
-        reserved = [
-            (index, added.content)
-            for index, added in tokenizer.added_tokens_decoder.items()
-            if added.special and added.content not in used and added.content not in template
-        ]
-        if reserved:
-            return max(reserved)[1]
-    tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
-    return token

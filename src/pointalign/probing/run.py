@@ -166,10 +166,8 @@ def short_names(models: Sequence[str]) -> list[str]:
     """What tells models apart: their paths without the parts that all begin or end with.
 
     Raises:
-        ConfigError: without models, or when one is named twice.
+        ConfigError: when one is named twice.
     """
-    if not models:
-        raise ConfigError("no model is named; give --model FOLDER, twice to compare two")
     if len(set(models)) < len(models):
         raise ConfigError(f"{models[0]} is named twice; name different models")
     parts = [list(Path(model).parts) for model in models]

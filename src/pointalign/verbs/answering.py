@@ -105,15 +105,16 @@ class Render:
     out: Path
     """PNG to write."""
     points: int | None = None
-    """Points of the cloud; the model's, else 8192, when not given."""
+    """Points of the cloud; the model's when not given."""
     model: str | None = None
-    """Folder or Hub id of the model whose number of points and missing colour are taken."""
+    """The model whose number of points and missing colour are taken; found as in the other verbs when not given."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = AS_THE_FILE_SAYS
 
     def run(self) -> dict[str, Any]:
+        from pointalign.models.checkpoint import resolve_model
         from pointalign.rendering import render_file
 
-        result = render_file(self.file, self.out, self.points, self.model, asdict(self.reading))
+        result = render_file(self.file, self.out, self.points, resolve_model(self.model), asdict(self.reading))
         for note in result["notes"]:
             print(note, file=sys.stderr)
         return result

@@ -28,8 +28,9 @@ BenchmarkName = Literal[
 class Evaluate:
     """Evaluate a model: its answers to the field's benchmarks, the bundled objects or your own, judged, with intervals."""
 
-    model: str
-    """Folder or Hub id of a trained model; or baseline:most-frequent, :chamfer, :forest, :forest-without-size."""
+    model: str | None = None
+    """Folder or Hub id of a trained model, or one that is bundled; $POINTALIGN_MODEL, else household-135m, when not given. Or
+    baseline:most-frequent, :chamfer, :forest, :forest-without-size."""
     benchmark: list[BenchmarkName] = field(default_factory=list)
     """What is asked: one or several, or all that the data on disk allow; the household objects when not given."""
     judge: JudgeName | Literal["likelihood", "none"] | None = None
@@ -68,6 +69,7 @@ class Evaluate:
         from pointalign.evaluation.asking import EvaluationSettings
         from pointalign.evaluation.opening import Sources
         from pointalign.evaluation.run import default_out, evaluate
+        from pointalign.models.checkpoint import resolve_model
 
         settings = EvaluationSettings(
             benchmarks=tuple(self.benchmark),
@@ -82,7 +84,8 @@ class Evaluate:
             embedders=tuple(self.embedders),
             base_language_model=self.base_language_model,
         )
-        return evaluate(self.model, self.out or default_out(self.model), settings)
+        model = resolve_model(self.model)
+        return evaluate(model, self.out or default_out(model), settings)
 
 
 @dataclass
@@ -135,7 +138,8 @@ class Probe:
     """Tell how much class and geometry every layer of models still holds: a figure with intervals, and the numbers."""
 
     model: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
-    """Folder or Hub id of a trained or imported model; give --model twice to compare two."""
+    """Folder or Hub id of a trained or imported model; give --model twice to compare two. As for `evaluate` when not
+    given."""
     out: Path = Path("runs/probe")
     """Folder for the figure and the numbers."""
     k: int = 1
@@ -150,6 +154,9 @@ class Probe:
     """Of resampling and permutations."""
 
     def run(self) -> dict[str, Any]:
+        from pointalign.models.checkpoint import resolve_model
         from pointalign.probing.run import probe
 
-        return probe(self.model, self.out, self.k, self.folds, self.limit, self.batch_size, self.seed)
+        return probe(
+            self.model or [resolve_model()], self.out, self.k, self.folds, self.limit, self.batch_size, self.seed
+        )

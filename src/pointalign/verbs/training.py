@@ -1,4 +1,4 @@
-"""Verbs that make models: train, sweep, quickstart, import-checkpoint, and the recipes they follow."""
+"""Verbs that make models: train, sweep, quickstart, bundle, import-checkpoint, and the recipes they follow."""
 
 from __future__ import annotations
 
@@ -58,6 +58,26 @@ class Quickstart:
         from pointalign.quickstart import run_quickstart
 
         return run_quickstart(self.out, self.fast)
+
+
+@dataclass
+class Bundle:
+    """Make a small folder of a run's model to give to others: bfloat16 matrices, and a model card with its measured numbers."""
+
+    run_folder: tyro.conf.Positional[Path]
+    """The run: a fine-tune that trained the language model's LoRA."""
+    out: Path
+    """Folder to write."""
+    start: Path | None = None
+    """The run that it started from: its LoRA is written to a folder beside, OUT-pretrain, which shares all other weights."""
+    evaluation: tyro.conf.UseAppendAction[list[Path]] = field(default_factory=list)
+    """Folder of `pointalign evaluate` whose numbers the card tells, the model's first, then others' to compare with; the run's
+    own when not given."""
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.bundle import bundle
+
+        return bundle(self.run_folder, self.out, self.start, self.evaluation)
 
 
 @dataclass

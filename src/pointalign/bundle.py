@@ -1,0 +1,130 @@
+"""From training runs to a model that is small enough to ship: matrices in bfloat16, shared parts once, a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pointalign.errors import CheckpointError
+from pointalign.model_card import model_card
+from pointalign.models.checkpoint import WEIGHTS_FILE, adapter_folder, load_weights_file
+from pointalign.models.language_model import EMBEDDED
+from pointalign.run_folder import RunFolder
+from pointalign.runs import PROJECTOR_FILE
+from pointalign.storage import write_text, written_folder
+
+ADAPTER = adapter_folder("language_model")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+# What a model's folder holds besides weights, as far as it is there.
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
+def compact(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as they are shipped: matrices in bfloat16, as they are multiplied on most accelerators.
+
+    Vectors (norms, biases, batch norm's running statistics) and integers stay: they weigh little, and rounding them shifts
+    every feature. `from_pretrained` turns all of it back into the model's own numbers.
+    """
+    return {
+        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.ndim >= 2 else tensor
+        for name, tensor in state.items()
+    }
+
+
+def bundle(run: Path, out: Path, start: Path | None = None, evaluations: Sequence[Path] = ()) -> dict[str, Any]:
+    """Make a folder that `from_pretrained` loads of a training run's model, and beside it one of the model it started from.
+
+    The same runs give the same bytes.
+
+    Args:
+        run: of a fine-tune that trained the language model's LoRA.
+        out: the folder to write; the start is written beside it, as `{out}-pretrain`.
+        start: the run that it started from, which must have the same point encoder and connector; None leaves it out.
+        evaluations: whose numbers the card tells: the model's, then those of what it is compared with; the run's own when
+            none is named.
+
+    Returns:
+        The folders, and the bytes of all their files and of the largest.
+
+    Raises:
+        CheckpointError: when a run holds no such model, the two have other weights before the language model, or a folder
+            cannot be written.
+    """
+    model = RunFolder(run).model
+    _check_model(model)
+    with written_folder(out) as folder:
+        _write_shared(model, folder)
+        _write_adapter(model, folder)
+        card = model_card(out.name, RunFolder(run), evaluations or [run / "evaluation"])
+        write_text(folder / "README.md", card)
+    folders = [out]
+    if start is not None:
+        folders.append(out.with_name(f"{out.name}-pretrain"))
+        _write_start(RunFolder(start).model, model, out.name, folders[1])
+    sizes = [file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()]
+    return {"out": [str(folder) for folder in folders], "bytes": sum(sizes), "largest_file": max(sizes)}
+
+
+def _check_model(model: Path) -> None:
+    for file in (model / "config.json", model / WEIGHTS_FILE, model / ADAPTER / ADAPTER_WEIGHTS):
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file} is missing; give the folder of a finished run that trains language_model_lora"
+            )
+
+
+def _write_shared(model: Path, folder: Path) -> None:
+    for name in TEXT_FILES:
+        if (model / name).is_file():
+            shutil.copyfile(model / name, folder / name)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    # Without the indentation, half the size.
+    write_text(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")))
+    for name in (WEIGHTS_FILE, PROJECTOR_FILE):
+        if (model / name).is_file():
+            _write_weights(model / name, folder / name)
+
+
+def _write_adapter(model: Path, folder: Path) -> None:
+    """The LoRA as peft saves it, with the language model by the name that others know it by."""
+    config = json.loads((model / ADAPTER / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    name = json.loads((model / "config.json").read_text(encoding="utf-8"))["language_model"]
+    config["base_model_name_or_path"] = EMBEDDED[name].hub_id if name in EMBEDDED else name
+    for key in ("target_modules", "modules_to_save"):  # sets to peft, whose order changes from run to run
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    write_text(folder / ADAPTER / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_weights(model / ADAPTER / ADAPTER_WEIGHTS, folder / ADAPTER / ADAPTER_WEIGHTS)
+
+
+def _write_weights(source: Path, target: Path) -> None:
+    save_file(compact(load_weights_file(source)), target, metadata={"format": "pt"})
+
+
+def _write_start(start: Path, model: Path, shared_with: str, out: Path) -> None:
+    _check_model(start)
+    before, after = (load_weights_file(folder / WEIGHTS_FILE) for folder in (start, model))
+    if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
+        raise CheckpointError(
+            f"{start} and {model} have other weights before the language model; give the run that the fine-tune started from"
+        )
+    with written_folder(out) as folder:
+        config = json.loads((start / "config.json").read_text(encoding="utf-8"))
+        config["shared_with"] = f"../{shared_with}"
+        write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _write_adapter(start, folder)
