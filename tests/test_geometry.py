@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pointalign import geometry
+from pointalign import cpu_geometry, geometry
 from pointalign.errors import DataError
 from pointalign.geometry import (
     chamfer_distances,
@@ -65,11 +65,53 @@ def test_all_points_are_chosen_once_when_all_are_wanted(cloud):
         assert farthest_point_sample(xyz, count)[0].tolist() == everything[:count]
 
 
+@pytest.mark.parametrize("step_by_step", [False, True])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the CPU takes another path")
 @given(grid_clouds())
-def test_an_accelerator_chooses_the_same_points(cloud):
+def test_an_accelerator_chooses_the_same_points(step_by_step, cloud):
     xyz = torch.tensor(cloud[None], dtype=torch.float32)
-    assert torch.equal(farthest_point_sample(xyz.cuda(), len(cloud)).cpu(), farthest_point_sample(xyz, len(cloud)))
+    choose = geometry._farthest_in_steps if step_by_step else farthest_point_sample
+    assert torch.equal(choose(xyz.cuda(), len(cloud), 0).cpu(), farthest_point_sample(xyz, len(cloud)))
+
+
+@given(grid_clouds(), st.data())
+def test_step_by_step_in_torch_is_the_same_choice(cloud, data):
+    start = data.draw(st.integers(0, len(cloud) - 1))
+    xyz = torch.tensor(np.stack([cloud, cloud[::-1].copy()]), dtype=torch.float32)
+    wanted = farthest_point_sample(xyz, len(cloud), start)
+    assert torch.equal(geometry._farthest_in_steps(xyz, len(cloud), start), wanted)
+
+
+@given(grid_clouds(), st.data())
+def test_buckets_choose_the_same_points(cloud, data):
+    """Also with boxes of one or two points, filled up, where most are passed over."""
+    start = data.draw(st.integers(0, len(cloud) - 1))
+    points = data.draw(st.sampled_from([1, 2, 5, 1000]))
+    dtype = data.draw(st.sampled_from([np.float32, np.float64]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_geometry, "BUCKET_POINTS", points)
+        got = cpu_geometry._Buckets(cloud.astype(dtype), start).choose(len(cloud))
+    assert got.tolist() == farthest_by_brute_force(cloud, len(cloud), start)
+
+
+@pytest.mark.parametrize("kind", ["ball", "sphere", "far away"])
+def test_buckets_of_a_large_cloud(monkeypatch, kind):
+    """Coordinates with rounding, unlike the grid's: the plain way measures all points at every step."""
+    xyz = torch.randn(1, 3000, 3, generator=torch.Generator().manual_seed(0))
+    if kind == "sphere":
+        xyz /= xyz.norm(dim=-1, keepdim=True)
+    if kind == "far away":
+        xyz += 1000
+    wanted = farthest_point_sample(xyz, 900, 7)
+    looked_into = []
+    for name, value in (("DENSE_POINTS", 2999), ("DENSE_SAMPLES", 899), ("BUCKET_POINTS", 40)):
+        monkeypatch.setattr(cpu_geometry, name, value)
+    look = cpu_geometry._Buckets._look_into
+    monkeypatch.setattr(
+        cpu_geometry._Buckets, "_look_into", lambda self, b, c: looked_into.append(len(b)) or look(self, b, c)
+    )
+    assert torch.equal(farthest_point_sample(xyz, 900, 7), wanted)
+    assert max(looked_into[-100:]) < 64, "far boxes are to be passed over, or nothing is saved"
 
 
 def test_one_repeated_point_is_chosen_in_order():
@@ -83,7 +125,7 @@ def test_equally_far_points_are_taken_by_lowest_index():
 
 @pytest.mark.parametrize("values_at_once", [1, 80, 10**6])
 def test_clouds_of_a_batch_do_not_mix(monkeypatch, values_at_once):
-    monkeypatch.setattr(geometry, "CACHED_VALUES", values_at_once)
+    monkeypatch.setattr(cpu_geometry, "CACHED_VALUES", values_at_once)
     clouds = torch.randn(3, 40, 3, generator=torch.Generator().manual_seed(0))
     together = farthest_point_sample(clouds, 17)
     for cloud, row in zip(clouds, together, strict=True):
@@ -123,6 +165,52 @@ def test_neighbours_are_brute_force(cloud, queries, data):
         distances = ((cloud - query) ** 2).sum(axis=1)
         assert len(set(indices)) == k
         assert distances[indices].tolist() == sorted(distances)[:k]
+
+
+@given(grid_clouds(max_points=40), grid_clouds(max_points=5), st.data())
+def test_of_equally_near_points_the_lowest_index_comes_first(cloud, queries, data):
+    k = data.draw(st.integers(1, len(cloud)))
+    got = k_nearest_neighbors(
+        torch.tensor(queries[None], dtype=torch.float32), torch.tensor(cloud[None], dtype=torch.float32), k
+    )
+    for query, indices in zip(queries, got[0].tolist(), strict=True):
+        assert indices == np.argsort(((cloud - query) ** 2).sum(axis=1), kind="stable")[:k].tolist()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e25])
+def test_neighbours_by_the_tree_are_those_of_all_distances(scale):
+    """In float32 as it rounds: near the smallest numbers squares vanish, near the largest they overflow, and all tie."""
+    xyz = torch.randn(1, 2000, 3, generator=torch.Generator().manual_seed(1)) * scale
+    with np.errstate(over="ignore"):
+        got = k_nearest_neighbors(xyz[:, :200], xyz, 9)[0]
+        squares = ((xyz[0, :200, None] - xyz) ** 2).unbind(-1)
+    everything = (squares[0] + squares[1] + squares[2]).numpy()
+    assert got.tolist() == np.argsort(everything, axis=1, kind="stable")[:, :9].tolist()
+
+
+@pytest.mark.parametrize("at_once", [1, 30, 90, 200, 10**6])
+def test_neighbours_by_matrix_are_the_same_in_pieces(monkeypatch, at_once):
+    """What an accelerator does, on a CPU: whole clouds or some queries of one at a time."""
+    monkeypatch.setattr(geometry, "DISTANCES_AT_ONCE", at_once)
+    xyz = torch.randn(3, 30, 3, generator=torch.Generator().manual_seed(2))
+    sizes = []
+    plain = geometry._nearest_by_matrix
+
+    def watched(queries, cloud, k):
+        sizes.append(len(queries) * queries.shape[1] * cloud.shape[1])
+        return plain(queries, cloud, k)
+
+    monkeypatch.setattr(geometry, "_nearest_by_matrix", watched)
+    got = geometry._nearest_in_pieces(xyz[:, :3], xyz, 4)
+    assert torch.equal(got, k_nearest_neighbors(xyz[:, :3], xyz, 4))
+    assert max(sizes) <= max(at_once, 30)
+
+
+def test_neighbours_of_what_is_no_number_are_refused():
+    cloud = torch.zeros(1, 5, 3)
+    cloud[0, 2, 1] = torch.nan
+    with pytest.raises(DataError, match=r"^a cloud holds coordinates that are not finite; [^\n]+$"):
+        k_nearest_neighbors(torch.zeros(1, 1, 3), cloud, 2)
 
 
 def test_near_points_far_from_the_origin_are_told_apart():

@@ -21,7 +21,9 @@ BOTH = DATA | {"models", "sentence_embedding", "figures"}
 TRAINING = BOTH | {"alignment", "parts", "training", "released", "run_folder", "run_loop", "runs", "contrastive"}
 MAY_IMPORT = {
     "errors": set(),
-    "geometry": {"errors"},
+    "geometry": {"cpu_geometry", "errors", "kernels"},
+    "cpu_geometry": {"errors"},
+    "kernels": set(),
     "alignment": {"decoder_blocks", "errors"},
     "decoder_blocks": {"errors"},
     "config": {"errors", "conversion"},

@@ -6,14 +6,17 @@ is carried along. Everything is deterministic: sampling starts at point 0 unless
 
 from __future__ import annotations
 
-import numpy as np
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
+from pointalign.cpu_geometry import farthest_points, nearest_points
 from pointalign.errors import DataError
 
-# Coordinates of one axis that farthest point sampling works on at a time: what stays in a core's second-level cache.
-CACHED_VALUES = 32_768
+# Distances between queries and points that an accelerator holds at a time: half a GiB.
+DISTANCES_AT_ONCE = 1 << 27
 # Distances between points that chamfer_distances holds at a time.
 PAIRS_AT_ONCE = 1 << 20
 
@@ -68,11 +71,38 @@ def farthest_point_sample(xyz: Tensor, num_samples: int, start: int = 0) -> Tens
 
     Source: Eldar et al. 1997, "The farthest point strategy"; grouping step of Point-BERT (arXiv 2111.14819), section 3.1.
     """
-    batch, count = xyz.shape[:2]
+    count = xyz.shape[1]
     if not 1 <= num_samples <= count:
         raise DataError(f"cannot choose {num_samples} farthest points from a cloud of {count}; give a larger cloud")
     if xyz.device.type == "cpu":
-        return _farthest_on_cpu(xyz, num_samples, start)
+        exact = xyz.detach() if xyz.dtype == torch.float64 else xyz.detach().float()
+        return torch.from_numpy(farthest_points(exact.numpy(), num_samples, start))
+    if xyz.dtype == torch.float32 and _kernel_runs(xyz.device):
+        from pointalign.kernels import choose_farthest
+
+        return choose_farthest(xyz, num_samples, start)
+    return _farthest_in_steps(xyz, num_samples, start)
+
+
+@functools.cache
+def _kernel_runs(device: torch.device) -> bool:
+    """Whether Triton is there and works on the device, tried out once."""
+    if device.type != "cuda":
+        return False
+    try:
+        from pointalign.kernels import choose_farthest
+
+        line = torch.arange(5.0, device=device).view(1, 5, 1).expand(-1, -1, 3)
+        return choose_farthest(line, 3, 1).tolist() == [[1, 4, 0]]
+    except Exception as error:  # no Triton, no compiler, a card too old: each says so in its own way
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"farthest point sampling goes step by step, Triton does not run here: {told}", stacklevel=4)
+        return False
+
+
+def _farthest_in_steps(xyz: Tensor, num_samples: int, start: int) -> Tensor:
+    """The same choice in torch, for any device."""
+    batch, count = xyz.shape[:2]
     columns = xyz.transpose(1, 2).contiguous()
     chosen = torch.full((batch, num_samples), start, dtype=torch.long, device=xyz.device)
     nearest = torch.full((batch, count), torch.inf, dtype=xyz.dtype, device=xyz.device)
@@ -86,33 +116,11 @@ def farthest_point_sample(xyz: Tensor, num_samples: int, start: int = 0) -> Tens
     return chosen
 
 
-def _farthest_on_cpu(xyz: Tensor, num_samples: int, start: int) -> Tensor:
-    """The same choice in numpy: thousands of tiny steps, each too small to be worth torch's thread pool."""
-    exact = xyz.detach() if xyz.dtype == torch.float64 else xyz.detach().float()
-    columns = np.ascontiguousarray(exact.transpose(1, 2).numpy())
-    batch, _, count = columns.shape
-    chosen = np.full((batch, num_samples), start, dtype=np.int64)
-    at_once = max(CACHED_VALUES // count, 1)
-    for first in range(0, batch, at_once):
-        x, y, z = (columns[first : first + at_once, axis] for axis in range(3))
-        rows = np.arange(len(x))
-        nearest = np.full(x.shape, np.inf, dtype=x.dtype)
-        current = np.full(len(x), start)
-        for i in range(1, num_samples):
-            distance = np.square(x - x[rows, current, None])
-            distance += np.square(y - y[rows, current, None])
-            distance += np.square(z - z[rows, current, None])
-            np.minimum(nearest, distance, out=nearest)
-            nearest[rows, current] = -1
-            current = nearest.argmax(axis=1)
-            chosen[first : first + at_once, i] = current
-    return torch.from_numpy(chosen)
-
-
 def k_nearest_neighbors(queries: Tensor, xyz: Tensor, k: int) -> Tensor:
     """Indices of the k points nearest to each query, nearest first.
 
-    Distances are taken by differences, not by the expanded square, so that near points are not confused by rounding.
+    Distances are taken by differences, not by the expanded square, so that near points are not confused by rounding. On a
+    CPU, of equally near points those with the lowest index are taken, in that order; elsewhere which of them is left open.
 
     Args:
         queries: (B, G, 3).
@@ -123,11 +131,29 @@ def k_nearest_neighbors(queries: Tensor, xyz: Tensor, k: int) -> Tensor:
         (B, G, k) int64 indices into N.
 
     Raises:
-        DataError: when the cloud has fewer than k points.
+        DataError: when the cloud has fewer than k points, or coordinates that are not finite.
     """
     if not 1 <= k <= xyz.shape[1]:
         raise DataError(f"cannot find {k} neighbours in a cloud of {xyz.shape[1]} points; give a larger cloud")
-    distances = torch.cdist(queries.float(), xyz.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    queries, xyz = queries.detach().float(), xyz.detach().float()
+    if xyz.device.type == "cpu":
+        return torch.from_numpy(nearest_points(queries.numpy(), xyz.numpy(), k))
+    return _nearest_in_pieces(queries, xyz, k)
+
+
+def _nearest_in_pieces(queries: Tensor, xyz: Tensor, k: int) -> Tensor:
+    """In torch, for any device: as many clouds at a time, or queries of one, as their distances have room for."""
+    clouds = max(DISTANCES_AT_ONCE // (queries.shape[1] * xyz.shape[1]), 1)
+    some = max(DISTANCES_AT_ONCE // xyz.shape[1], 1)
+    pieces = []
+    for query, cloud in zip(queries.split(clouds), xyz.split(clouds), strict=True):
+        found = [_nearest_by_matrix(part, cloud, k) for part in query.split(some, dim=1)]
+        pieces.append(torch.cat(found, dim=1))
+    return torch.cat(pieces)
+
+
+def _nearest_by_matrix(queries: Tensor, xyz: Tensor, k: int) -> Tensor:
+    distances = torch.cdist(queries, xyz, compute_mode="donot_use_mm_for_euclid_dist")
     return distances.topk(k, dim=-1, largest=False, sorted=True).indices
 
 

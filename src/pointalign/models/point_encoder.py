@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from pointalign.geometry import group_points
+
+# Values of the group encoder's widest layer that are held at a time: 4 MB stay in a core's caches, 1 GiB keeps a GPU busy.
+CACHED_VALUES = 1 << 20
+ACCELERATOR_VALUES = 1 << 28
 
 
 class PointEncoderConfig(PreTrainedConfig):
@@ -67,17 +73,41 @@ class GroupEncoder(nn.Module):
         self.linear4 = nn.Linear(third, config.group_width)
 
     def forward(self, groups: Tensor) -> Tensor:
-        """Groups (B, G, K, C) to features (B, G, group_width)."""
-        batch, num_groups, group_size, _ = groups.shape
-        local = self.linear2(F.relu(self.norm1(self.linear1(groups.flatten(0, 2)))))
-        local = local.unflatten(0, (batch * num_groups, group_size))
-        pooled = local.amax(dim=1)
+        """Groups (B, G, K, C) to features (B, G, group_width).
+
+        In evaluation the normalisations are folded into the linear layers before them, and the groups pass in pieces: the
+        widest layer of a batch is then never held whole.
+        """
+        flat = groups.flatten(0, 1)
+        if self.training:  # statistics are of the whole batch
+            layers = (self.linear1.weight, self.linear1.bias), (self.linear3.weight, self.linear3.bias)
+            features = self._features(flat, layers, (self.norm1, self.norm3))
+        else:
+            layers = _folded(self.linear1, self.norm1), _folded(self.linear3, self.norm3)
+            values = CACHED_VALUES if flat.device.type == "cpu" else ACCELERATOR_VALUES
+            at_once = max(values // (flat.shape[1] * self.linear3.out_features), 1)
+            pieces = [self._features(part, layers, (nn.Identity(), nn.Identity())) for part in flat.split(at_once)]
+            features = torch.cat(pieces)
+        return features.unflatten(0, groups.shape[:2])
+
+    def _features(self, groups: Tensor, layers: tuple[Any, Any], norms: tuple[nn.Module, nn.Module]) -> Tensor:
+        """(groups, K, C) to (groups, group_width), with weight and bias of the two layers that a normalisation follows."""
+        (weight1, bias1), (weight3, bias3) = layers
+        shape, width = groups.shape[:2], self.linear2.out_features
+        local = self.linear2(F.relu_(norms[0](F.linear(groups.flatten(0, 1), weight1, bias1)))).unflatten(0, shape)
         # linear3 of [pooled ; local]: the pooled half is the same for all points of a group, so it is done once.
-        width = pooled.shape[-1]
-        mixed = F.linear(local, self.linear3.weight[:, width:])
-        mixed = mixed + F.linear(pooled, self.linear3.weight[:, :width], self.linear3.bias).unsqueeze(1)
-        features = self.linear4(F.relu(self.norm3(mixed.flatten(0, 1))))
-        return features.view(batch, num_groups, group_size, -1).amax(dim=2)
+        mixed = F.linear(local, weight3[:, width:])
+        mixed += F.linear(local.amax(dim=1), weight3[:, :width], bias3).unsqueeze(1)
+        return self.linear4(F.relu_(norms[1](mixed.flatten(0, 1)))).unflatten(0, shape).amax(dim=1)
+
+
+def _folded(linear: nn.Linear, norm: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear layer that does what it and the normalisation of running statistics after it do."""
+    dtype = linear.weight.dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    scale = norm.weight.to(exact) * (norm.running_var.to(exact) + norm.eps).rsqrt()
+    bias = (linear.bias.to(exact) - norm.running_mean.to(exact)) * scale + norm.bias.to(exact)
+    return (linear.weight.to(exact) * scale.unsqueeze(1)).to(dtype), bias.to(dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -143,7 +173,7 @@ class PointEncoder(PreTrainedModel):
     config: PointEncoderConfig
     main_input_name = "points"
     base_model_prefix = "point_encoder"
-    _no_split_modules = ["PointEncoderBlock"]  # noqa: RUF012
+    _no_split_modules = ["GroupEncoder", "PointEncoderBlock"]  # noqa: RUF012
 
     def __init__(self, config: PointEncoderConfig) -> None:
         super().__init__(config)
