@@ -120,7 +120,7 @@ def nearest_points(queries: np.ndarray, xyz: np.ndarray, k: int) -> np.ndarray:
 def _nearest(queries: np.ndarray, xyz: np.ndarray, k: int) -> np.ndarray:
     """One cloud's. The tree measures in float64; one point more than wanted shows whether float32 might choose others."""
     more = min(k + 1, len(xyz))
-    found = KDTree(xyz).query(queries, k=range(1, more + 1))[1].reshape(len(queries), more)
+    found = KDTree(xyz).query(queries, k=list(range(1, more + 1)))[1].reshape(len(queries), more)
     found.sort(axis=1)
     squares = _squares(*xyz[found].transpose(2, 0, 1), *queries.T[..., None])
     order = np.argsort(squares, axis=1, kind="stable")
