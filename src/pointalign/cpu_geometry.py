@@ -120,8 +120,8 @@ def nearest_points(queries: np.ndarray, xyz: np.ndarray, k: int) -> np.ndarray:
 def _nearest(queries: np.ndarray, xyz: np.ndarray, k: int) -> np.ndarray:
     """One cloud's. The tree measures in float64; one point more than wanted shows whether float32 might choose others."""
     more = min(k + 1, len(xyz))
-    found = KDTree(xyz).query(queries, k=list(range(1, more + 1)))[1].reshape(len(queries), more)
-    found.sort(axis=1)
+    found = KDTree(xyz).query(queries, more)[1].reshape(len(queries), more)  # for one neighbour it gives no second axis
+    found = np.sort(found, axis=1)
     squares = _squares(*xyz[found].transpose(2, 0, 1), *queries.T[..., None])
     order = np.argsort(squares, axis=1, kind="stable")
     found, squares = np.take_along_axis(found, order, axis=1), np.take_along_axis(squares, order, axis=1)

@@ -212,13 +212,25 @@ class PointEncoder(PreTrainedModel):
         """
         points, radius = points[..., : self.config.in_channels].float(), points[:, 0, -1].float()
         groups, centers = group_points(points, self.config.num_groups, self.config.group_size)
-        dtype = self.reduce_dim.weight.dtype
-        tokens = self.reduce_dim(self.group_encoder(groups.to(dtype)))
+        return self.mix_groups(self.group_encoder(groups.to(self.reduce_dim.weight.dtype)), centers, radius)
+
+    def mix_groups(self, features: Tensor, centers: Tensor, radius: Tensor) -> Tensor:
+        """The transformer over a cloud's groups.
+
+        Args:
+            features: (B, G, group_width) of the group encoder.
+            centers: (B, G, 3), where the groups lie.
+            radius: (B,) in metres, read with `metric_size` alone.
+
+        Returns:
+            (B, G + 1, hidden_size), the class token first.
+        """
+        tokens = self.reduce_dim(features)
         first = self.class_token.expand(len(tokens), -1, -1)
         if self.size_embedding is not None:
             first = first + self.size_embedding(radius)
         tokens = torch.cat([first, tokens], dim=1)
-        positions = self.position_embedding(centers.to(dtype))
+        positions = self.position_embedding(centers.to(tokens.dtype))
         positions = torch.cat([self.class_position.expand(len(positions), -1, -1), positions], dim=1)
         for block in self.blocks:
             tokens = block(tokens + positions)
