@@ -118,7 +118,7 @@ def test_probabilities_are_the_softmax_of_evaluations_scores(answerer: Answerer,
         prepared,
         "Which class of object is this?",
         CLASS_STEM,
-        [" chair", " table", " a lamp of glass"],
+        [" chair.", " table.", " a lamp of glass."],
     )
     torch.testing.assert_close(found, scores.softmax(dim=1))
     torch.testing.assert_close(found.sum(dim=1), torch.ones(4))

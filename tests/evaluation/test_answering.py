@@ -20,14 +20,13 @@ def clouds(count: int) -> list[np.ndarray]:
 
 
 def plain_score(model: Any, processor: Any, cloud: Any, question: str, stem: str, label: str, shared: int) -> float:
-    """One label at a time, without a cache: mean log-probability of the tokens past the first `shared` of the answer."""
+    """One label at a time, without a cache: log-probability of the tokens past the first `shared` of the answer."""
     content = [{"type": "point_cloud"}, {"type": "text", "text": question}]
     prompt = processor.encode([{"role": "user", "content": content}], add_generation_prompt=True)["input_ids"]
     answer = processor.tokenizer(stem + label, add_special_tokens=False)["input_ids"]
     points = processor.prepare_points(cloud)[None]
     logits = model(input_ids=torch.tensor([prompt + answer]), point_clouds=points).logits[0].log_softmax(dim=-1)
-    scores = [logits[len(prompt) + i - 1, answer[i]].item() for i in range(shared, len(answer))]
-    return sum(scores) / len(scores)
+    return sum(logits[len(prompt) + i - 1, answer[i]].item() for i in range(shared, len(answer)))
 
 
 @pytest.mark.parametrize("labels", [[" chair", " table", " lamp"], [" a", " ab", " b and a long one"], [" x", " y"]])

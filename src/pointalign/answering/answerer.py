@@ -14,7 +14,7 @@ from pointalign.data.files import PointCloud
 from pointalign.data.household_phrases import CATEGORY_QUESTIONS
 from pointalign.errors import DataError
 from pointalign.evaluation.benchmarks import CAPTION, INSTRUCTION
-from pointalign.evaluation.judges import CLASS_STEM, label_log_likelihoods
+from pointalign.evaluation.judges import CLASS_STEM, class_texts, label_log_likelihoods
 from pointalign.options import GREEDY, Decoding
 
 CAPTION_QUESTION = CAPTION
@@ -141,8 +141,8 @@ class Answerer:
     def probabilities(self, clouds: Sequence[Tensor], labels: Sequence[str], question: str = CLASS_QUESTION) -> Tensor:
         """How probable each label is for each cloud of a batch, among these labels alone.
 
-        The softmax over labels of the mean log-probability per token of the label's text, as the answer's words after
-        "It belongs to the class:". The order of the labels is that of `pointalign evaluate`'s likelihood scoring.
+        Each label's probability as the answer's words after "It belongs to the class:", over the sum of all labels'. The
+        order of the labels is that of `pointalign evaluate`'s likelihood scoring.
 
         Args:
             clouds: from `prepare`.
@@ -154,10 +154,8 @@ class Answerer:
 
         Raises:
             DataError: without labels.
-
-        Source: length normalisation after Brown et al. 2020 (arXiv 2005.14165), section 2.4.
         """
-        words = [f" {label}" for label in labels]
+        words = class_texts(labels)
         with memory_told(len(clouds)):
             scores = label_log_likelihoods(self.model, self.processor, clouds, question, CLASS_STEM, words)
         return scores.softmax(dim=-1)
@@ -169,7 +167,7 @@ class Answerer:
             DataError: when one does not.
         """
         tokenizer = self.processor.tokenizer
-        answers = [tokenizer(f"{CLASS_STEM} {label}", add_special_tokens=False)["input_ids"] for label in labels]
+        answers = [tokenizer(CLASS_STEM + text, add_special_tokens=False)["input_ids"] for text in class_texts(labels)]
         self.check_question(question, max(map(len, answers), default=0))
 
 

@@ -12,7 +12,7 @@ from pointalign.answering.loading import load_answerer
 from pointalign.errors import ConfigError
 from pointalign.evaluation.answers import answer_question, collect_answers
 from pointalign.evaluation.benchmarks import Benchmark, Question
-from pointalign.evaluation.judges import CLASS_STEM, LikelihoodJudge, score_question, scoring_batch
+from pointalign.evaluation.judges import CLASS_END, CLASS_STEM, LikelihoodJudge, score_question, scoring_batch
 from pointalign.evaluation.ledger import Ledger
 from pointalign.evaluation.opening import Sources
 from pointalign.evaluation.plan import Planned
@@ -153,7 +153,7 @@ class RawAnswers:
         return self._ledger(
             loaded,
             f"likelihoods-{question.key}",
-            prompt=prompt_hash(loaded.processor, question.class_text or question.text, CLASS_STEM),
+            prompt=prompt_hash(loaded.processor, question.class_text or question.text, CLASS_STEM + CLASS_END),
             labels=self.benchmark.task.labels,
         )
 

@@ -17,6 +17,8 @@ from pointalign.evaluation.ledger import Ledger
 from pointalign.evaluation.records import Answer, Task, Verdict
 
 CLASS_STEM = "It belongs to the class:"
+# Ends a label's text, so that "table" does not stand for every label that begins so.
+CLASS_END = "."
 # Tokens whose keys and values are held at once, over clouds, labels and prompt: some 7 GB with the published models.
 TOKENS_AT_ONCE = 20_000
 
@@ -25,7 +27,10 @@ TOKENS_AT_ONCE = 20_000
 def label_log_likelihoods(
     model: Any, processor: Any, clouds: Sequence[Any], question: str, stem: str, labels: Sequence[str]
 ) -> Tensor:
-    """Length-normalised log-probability of each label's text as the model's answer about each cloud.
+    """Log-probability of each label's text as the model's answer about each cloud.
+
+    Summed over the text's tokens, not averaged: the mean takes labels of two tokens for three times as many objects as
+    there are, because "ware" behind "kitchen" costs nothing (docs/LOG.md, 2026-11-25).
 
     The prompt, the cloud and the stem are computed once; all labels share their key-value cache.
 
@@ -35,15 +40,13 @@ def label_log_likelihoods(
         clouds: B clouds, (N, 3) or (N, 6).
         question: what is asked about each cloud.
         stem: how the answer begins, the same for all labels; may be empty.
-        labels: what may follow, for instance " a chair".
+        labels: what may follow, see `class_texts`.
 
     Returns:
-        (B, labels) float32: mean log-probability per token of the label's text.
+        (B, labels) float32: log-probability of the label's text, but for the tokens that all labels begin with.
 
     Raises:
         DataError: without labels.
-
-    Source: length normalisation after Brown et al. 2020 (arXiv 2005.14165), section 2.4.
     """
     if not labels:
         raise DataError("there are no labels to score; name at least one")
@@ -66,7 +69,12 @@ def label_log_likelihoods(
             cache = copy.deepcopy(prefix.past_key_values) if len(tails) > at_once else prefix.past_key_values
             later.append(_later_tokens(model, processor, cache, input_ids.shape, tails[start : start + at_once]))
         total = total + torch.cat(later, dim=1)
-    return (total / torch.tensor([len(tail) for tail in tails], device=device)).cpu()
+    return total.cpu()
+
+
+def class_texts(labels: Sequence[str]) -> list[str]:
+    """What follows `CLASS_STEM` for each label."""
+    return [f" {label}{CLASS_END}" for label in labels]
 
 
 def _ids(processor: Any, text: str) -> list[int]:
@@ -120,7 +128,7 @@ def score_question(
 
     def compute(number: int, object_ids: Sequence[str]) -> list[dict[str, Any]]:
         clouds = read_clouds(benchmark.clouds, object_ids)
-        scores = label_log_likelihoods(model, processor, clouds, text, CLASS_STEM, [f" {name}" for name in labels])
+        scores = label_log_likelihoods(model, processor, clouds, text, CLASS_STEM, class_texts(labels))
         return [{"log_likelihoods": row} for row in scores.tolist()]
 
     ledger.fill(

@@ -86,8 +86,8 @@ def _accuracies(result: Mapping[str, Any]) -> list[str]:
         else "Replies of the judge that cannot be read are left out."
     )
     scored = (
-        " It was not judged by its words: the class with the highest score counts; a model's is the mean log-probability per "
-        "token of the class as its answer."
+        " It was not judged by its words: the class with the highest score counts; a model's is the log-probability of the "
+        "class as its answer."
         if result["judge"] == JUDGED_BY_SELF
         else ""
     )
