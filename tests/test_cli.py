@@ -227,6 +227,18 @@ def test_colours_up_to_255_are_taken_and_said(world: dict[str, Path], tmp_path: 
     assert ended.value.code == 0
 
 
+@pytest.mark.parametrize("name", ["source", "extra", "instructions"])
+def test_missing_data_are_told_of_before_a_model_is_loaded(
+    name: str, world: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pointalign.runs.build_model", lambda *_: pytest.fail("loaded a model first"))
+    change(world["recipe.yaml"], data={name: ["nowhere/at/all"] if name == "instructions" else "nowhere/at/all"})
+    status, _, err = run(capsys, "train", str(world["recipe.yaml"]), "--out", str(world["out"]))
+    assert status == 1
+    assert "nowhere/at/all" in last_line(err)
+    assert not world["out"].exists()
+
+
 @pytest.mark.parametrize("limit", [2_000, 30_000], ids=["feature cache", "checkpoint"])
 def test_a_full_disk_ends_in_one_line(world: dict[str, Path], tmp_path: Path, limit: int) -> None:
     """The limit on a file's size stands for the full disk: writing fails in the middle of a file."""
@@ -252,6 +264,8 @@ def test_other_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         ("train", "nothing"): "found no recipe 'nothing': give a YAML file, or one of",
         ("evaluate", "--model", str(tmp_path)): "holds no config.json",
         ("evaluate", "--model", str(tmp_path), "--limit", "0"): "--limit 0 leaves no object",
+        ("compare", "a", "b", "--seed", "-1"): "seed -1 is out of range; give 0 to 4294967295",
+        ("train", "household-align", "--seed", "-1", "--out", str(tmp_path / "s")): "seed -1 is out of range",
         ("data", "household", "--source", str(tmp_path), "--out", str(tmp_path / "x")): "sweethome3d-furniture",
         ("import-checkpoint", "pointllm", str(tmp_path / "no"), "--out", str(tmp_path / "o")): "pointalign: ",
     }

@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from pointalign import __version__
-from pointalign.config import load_recipe
+from pointalign.config import check_seed, load_recipe
 from pointalign.errors import PointAlignError
 from pointalign.verbs.answering import Caption, Chat, Classify, Demo, Render
 from pointalign.verbs.data import BuildExtra, BuildHousehold, CheckData, PackData
@@ -89,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(given: list[str], debug: bool) -> int:
     try:
-        result = _parse(given).run()
+        verb = _parse(given)
+        check_seed(getattr(verb, "seed", 0))
+        result = verb.run()
     except PointAlignError as error:
         if debug:
             raise

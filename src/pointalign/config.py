@@ -256,6 +256,16 @@ class Recipe:
     """Trackers that transformers' Trainer knows."""
 
 
+def check_seed(seed: int) -> None:
+    """See that a number can seed every generator that is used.
+
+    Raises:
+        ConfigError: when it is negative or needs more than 32 bits.
+    """
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed {seed} is out of range; give 0 to {2**32 - 1}")
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(

@@ -18,11 +18,11 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from pointalign.alignment import AlignmentRegularizer
-from pointalign.config import ModelSettings, Recipe, load_recipe, recipe_names
+from pointalign.config import ModelSettings, Recipe, check_seed, load_recipe, recipe_names
 from pointalign.contrastive import train_encoder
 from pointalign.data.conversations import ConversationDataset, PointCloudSource
 from pointalign.data.features import FeatureCache, weights_fingerprint
-from pointalign.data.sources import OptionalSizes, missing_color, open_training_data, read_clouds, unsized
+from pointalign.data.sources import OptionalSizes, check_paths, missing_color, open_training_data, read_clouds, unsized
 from pointalign.errors import ConfigError
 from pointalign.figures import draw_losses
 from pointalign.models.chat_text import choose_point_token
@@ -200,9 +200,11 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
     """
     quiet()
     folder = RunFolder(out)
+    check_seed(recipe.seed)
     finished = (folder.model / "config.json").is_file()
     if not finished:
         check_start(recipe)
+        check_paths(recipe.data)
     if is_first_process():
         folder.open(recipe, resume)
     if finished:

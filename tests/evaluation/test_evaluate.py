@@ -131,7 +131,7 @@ def test_a_second_run_asks_nothing_and_another_judge_reads_the_same_answers(
 
 
 def test_the_overview_leaves_out_what_another_model_left_in_the_folder(
-    tiny_model: Path, other_model: Path, own: Path, tmp_path: Path
+    tiny_model: Path, other_model: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate(other_model, tmp_path / "out", own_settings(own, judge="match"))
     shutil.rmtree(tmp_path / "out" / "own-classification" / "raw")
@@ -139,7 +139,14 @@ def test_the_overview_leaves_out_what_another_model_left_in_the_folder(
     (tmp_path / "out" / "comparison" / "results.json").write_text(
         '{"benchmark": "own-classification", "judge": "match"}'
     )
+    foreign = {"cut": "{", "list": "[1]", "other": '{"provenance": {"answers": {}}}', "odd": '{"provenance": 3}'}
+    for name, text in foreign.items():
+        (tmp_path / "out" / name).mkdir()
+        (tmp_path / "out" / name / "results.json").write_text(text)
     evaluate(tiny_model, tmp_path / "out", own_settings(own, judge="likelihood"))
+    told = capsys.readouterr().err
+    for name in ("cut", "other", "odd"):
+        assert f"{name}/results.json is not a result of `pointalign evaluate`; the overview goes without it" in told
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.count("| [own-") == 1
     assert "| likelihood |" in report

@@ -13,7 +13,7 @@ from pointalign.data.household_split import household_sides
 from pointalign.data.modelnet import CLASS_NAMES
 from pointalign.errors import ConfigError, DataError
 from pointalign.evaluation.opening import BENCHMARKS, Sources, open_benchmark
-from pointalign.evaluation.own_data import read_classes, read_truth
+from pointalign.evaluation.own_data import FolderClouds, read_classes, read_truth
 
 
 def test_household_is_asked_about_the_held_out_objects() -> None:
@@ -83,6 +83,15 @@ def test_own_clouds_are_found_with_and_without_their_number_of_points(own: Path)
     assert benchmark.cloud("plain").shape == (9, 3)
     assert benchmark.cloud("o3").shape == (60, 6)
     assert benchmark.cloud("vase_2").all()
+
+
+def test_numbered_objects_are_not_one_object_of_a_shorter_name(own: Path) -> None:
+    for number in (1, 2):
+        np.save(own / "clouds" / f"stool_{number}.npy", np.full((9, 3), number))
+    clouds = FolderClouds(own / "clouds")
+    assert "stool" not in clouds
+    assert [clouds[f"stool_{number}"][0, 0] for number in (1, 2)] == [1, 2]
+    assert "o3" in clouds
 
 
 def test_own_clouds_may_be_any_3d_files(own: Path) -> None:

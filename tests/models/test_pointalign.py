@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
@@ -369,6 +369,23 @@ def test_frozen_qformer_stays_in_evaluation_when_only_its_neighbours_train(build
     select_parts(model, ["point_mlp", "query_tokens"])
     model.train()
     assert torch.equal(model.encode_points(clouds).qformer_output, model.encode_points(clouds).qformer_output)
+
+
+def test_a_frozen_language_model_drops_nothing_out(model, clouds):
+    lora = LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"], init_lora_weights=False)
+    model.language_model = get_peft_model(model.language_model, lora)
+    expected = logits_of(model.eval(), clouds)
+    select_parts(model, ["language_projection"])
+    model.train()
+    assert torch.equal(logits_of(model, clouds), expected)
+    model.language_model.gradient_checkpointing_enable()
+    model.train()
+    assert any(module.training for module in model.language_model.modules())  # which recompute in training mode alone
+    assert torch.equal(logits_of(model, clouds), expected)
+    model.language_model.gradient_checkpointing_disable()
+    select_parts(model, ["language_model_lora"])
+    model.train()
+    assert not torch.equal(logits_of(model, clouds), expected)
 
 
 @pytest.mark.parametrize(

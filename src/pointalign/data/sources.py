@@ -117,6 +117,20 @@ def read_clouds(clouds: PointCloudSource, object_ids: Sequence[str]) -> list[np.
         return list(pool.map(clouds.__getitem__, object_ids))
 
 
+def check_paths(settings: DataSettings) -> None:
+    """See that the files on this machine that a recipe reads are there, before a large model is loaded for them.
+
+    Raises:
+        DataError: when one is not.
+    """
+    sources = [settings.source] if settings.source != "household" else []
+    extra = [settings.extra] if settings.extra else []
+    for paths, read in ((sources, open_clouds), (settings.instructions, read_conversations), (extra, load_extra)):
+        for path in paths:
+            if "://" not in path and not Path(path).exists():
+                read(path)  # tells what is missing, and what to do
+
+
 def open_training_data(settings: DataSettings, folder: Path | None = None) -> tuple[PointCloudSource, Conversations]:
     """The clouds and conversations that a recipe trains on; of `household` only what is not held out.
 

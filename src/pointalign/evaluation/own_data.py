@@ -44,8 +44,10 @@ class FolderClouds:
         for path in files:
             if named.setdefault(path.stem, path) != path:
                 raise DataError(f"{named[path.stem]} and {path.name} are about one object; keep one of them")
-        counted = {path.stem.rpartition("_")[0]: path for path in files if _is_counted(path)}
-        self.files = {**counted, **named}
+        counted = {path: path.stem.rpartition("_")[0] for path in files if _is_counted(path)}
+        # chair_1.npy and chair_2.npy are two objects, and none of them is `chair`.
+        once = Counter(counted.values())
+        self.files = {**{name: path for path, name in counted.items() if once[name] == 1}, **named}
 
     @property
     def fingerprint(self) -> str:

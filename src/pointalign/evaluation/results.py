@@ -18,6 +18,7 @@ from pointalign.evaluation.metrics import class_accuracies, mean_class_accuracy
 from pointalign.evaluation.records import Answer, AnswersFile, Judge, Task
 from pointalign.evaluation.statistics import summarize
 from pointalign.evaluation.text_metrics import caption_metrics
+from pointalign.progress import say
 
 RESULTS_FILE = "results.json"
 
@@ -196,9 +197,14 @@ def with_earlier(folder: Path, results: Sequence[Result]) -> list[Result]:
     hashes = {_model_hash(result) for result in results}
     for file in sorted(folder.rglob(RESULTS_FILE)):
         if str(file) not in known:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            # A comparison, which a user may put here too, has no model of its own.
-            if "provenance" in found and _model_hash(found) in hashes:
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                # A comparison, which a user may put here too, has no model of its own.
+                same = "provenance" in found and _model_hash(found) in hashes
+            except (OSError, ValueError, TypeError, LookupError, AttributeError, StopIteration):
+                say(f"{file} is not a result of `pointalign evaluate`; the overview goes without it")
+                continue
+            if same:
                 known[str(file)] = {**found, "results": str(file)}
     return [known[name] for name in sorted(known)]
 

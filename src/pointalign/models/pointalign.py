@@ -117,7 +117,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
     `input_ids` hold `config.point_token_id` once per point token; the clouds' tokens take those places in order, whatever
     the prompt, the padding side or the number of clouds. Before the language model, modules without a trainable weight
     stay in evaluation mode while the model trains, so that frozen parts compute what they will compute later; where only
-    LoRA and norm weights train, its dropout alone is active.
+    LoRA and norm weights train, its dropout alone is active. So does a language model of which nothing trains.
     """
 
     config_class = PointAlignConfig
@@ -167,10 +167,14 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return base.get_decoder()
 
     def train(self, mode: bool = True) -> PointAlignForConditionalGeneration:
-        """Training mode for the parts that train; what is frozen before the language model stays in evaluation mode."""
+        """Training mode for the parts that train; what is frozen rests, so that a frozen LoRA drops nothing out."""
         super().train(mode)
         for part in (self.point_encoder, *self.connector.children()):
             rest_frozen(part)
+        if not any(weight.requires_grad for weight in self.language_model.parameters()):
+            for module in self.language_model.modules():
+                # Activations are recomputed in training mode alone.
+                module.training = mode and getattr(module, "gradient_checkpointing", False)
         return self
 
     def encode_points(self, point_clouds: Tensor | None = None, point_features: Tensor | None = None) -> PointFeatures:
