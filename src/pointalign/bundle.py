@@ -25,7 +25,6 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 # What a model's folder holds besides weights, as far as it is there.
 TEXT_FILES = (
-    "config.json",
     "generation_config.json",
     "processor_config.json",
     "tokenizer.json",
@@ -92,12 +91,21 @@ def _write_shared(model: Path, folder: Path) -> None:
     for name in TEXT_FILES:
         if (model / name).is_file():
             shutil.copyfile(model / name, folder / name)
+    _write_config(model, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     # Without the indentation, half the size.
     write_text(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")))
     for name in (WEIGHTS_FILE, PROJECTOR_FILE):
         if (model / name).is_file():
             _write_weights(model / name, folder / name)
+
+
+def _write_config(model: Path, folder: Path, **changes: str) -> None:
+    config = {**json.loads((model / "config.json").read_text(encoding="utf-8")), **changes}
+    for part in config.values():
+        if isinstance(part, dict):  # where a part was loaded from is a folder of this machine
+            part.pop("_name_or_path", None)
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _write_adapter(model: Path, folder: Path) -> None:
@@ -124,7 +132,5 @@ def _write_start(start: Path, model: Path, shared_with: str, out: Path) -> None:
             f"{start} and {model} have other weights before the language model; give the run that the fine-tune started from"
         )
     with written_folder(out) as folder:
-        config = json.loads((start / "config.json").read_text(encoding="utf-8"))
-        config["shared_with"] = f"../{shared_with}"
-        write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _write_config(start, folder, shared_with=f"../{shared_with}")
         _write_adapter(start, folder)

@@ -179,7 +179,7 @@ def _data(recipes: Sequence[Recipe]) -> list[str]:
         *lines,
         "* The conversations were written by rules from names, labels, colours and sizes; no other model wrote them.",
         "",
-        "Code and weights: Apache-2.0, as the language model's. None of the objects can be got back from the weights; where a "
-        "law takes weights for an adaptation of what they learnt from, the licences above go with them.",
+        "Code and weights: Apache-2.0, as the language model's. Where a law takes weights for an adaptation of what they "
+        "learnt from, the licences above go with them.",
         "",
     ]
