@@ -18,7 +18,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 SMALL = {"errors", "config", "progress", "device", "storage"}
 DATA = SMALL | {"geometry", "data"}
 BOTH = DATA | {"models", "sentence_embedding", "figures"}
-TRAINING = BOTH | {"alignment", "parts", "training", "released", "run_folder", "run_loop", "runs", "contrastive"}
+RUNS = {"run_folder", "run_loop", "runs", "contrastive", "sharding"}
+TRAINING = BOTH | {"alignment", "parts", "training", "released"} | RUNS
 MAY_IMPORT = {
     "errors": set(),
     "geometry": {"cpu_geometry", "errors", "kernels"},
@@ -45,7 +46,8 @@ MAY_IMPORT = {
     "rendering": BOTH,
     "importers": BOTH | {"importers", "alignment"},  # published checkpoints hold an alignment projector too
     "parts": BOTH,
-    "training": BOTH | {"alignment", "released"},
+    "sharding": {"decoder_blocks", "progress"},
+    "training": BOTH | {"alignment", "released", "sharding"},
     "released": {"errors"},
     "contrastive": TRAINING,
     "run_folder": SMALL,

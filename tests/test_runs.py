@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -207,7 +208,9 @@ def test_a_checkpoint_cut_short_is_passed_over(unbroken: Path, tmp_path: Path) -
     assert last.name == "checkpoint-3"
 
 
-def test_two_processes_give_the_one_process_result(start: Path, cache: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_one_process_result(
+    start: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lora = {"rank": 2, "alpha": 4, "dropout": 0.0}
     recipe = write_recipe(tiny_recipe(start, lora=lora), tmp_path / "recipe.yaml")
     single = start_command(["train", str(recipe), "--out", str(tmp_path / "one")], cache)
@@ -229,6 +232,12 @@ def test_two_processes_give_the_one_process_result(start: Path, cache: Path, tmp
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for name in ("loss", "lm_loss", "alignment_loss"):
         assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4)
+    # One process goes on where two were.
+    shutil.rmtree(tmp_path / "two" / "model")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / f"checkpoint-{STEPS}")
+    monkeypatch.setenv("POINTALIGN_CACHE", str(cache))
+    train(load_recipe(recipe), tmp_path / "two", resume=True)
+    assert_same(final_weights(tmp_path / "one"), final_weights(tmp_path / "two"), tolerance=2e-5)
 
 
 def test_accumulated_batches_are_one_batch(start: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -244,6 +244,9 @@ class Recipe:
     the same. Released alignment positions pad."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    fsdp: bool = False
+    """Split weights, gradients and optimiser over the processes (FSDP2), for a language model that one of them cannot hold;
+    else each holds all. The result is the same, and a run can be resumed either way."""
     cache_features: bool = True
     """Compute the frozen parts once per object and read them from disk."""
     seed: int = 42

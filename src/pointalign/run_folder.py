@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ class RunFolder:
             raise ConfigError(f"cannot write {self.path}: {error.strerror}; name another --out") from error
 
     def _check_same(self, recipe: Recipe) -> None:
-        saved, asked = to_yaml(load_recipe(self.recipe_file)).splitlines(), to_yaml(recipe).splitlines()
+        # How the work is spread over processes is no part of what is trained.
+        started = replace(load_recipe(self.recipe_file), fsdp=recipe.fsdp)
+        saved, asked = to_yaml(started).splitlines(), to_yaml(recipe).splitlines()
         changed = sorted({line.strip() for line in set(saved) ^ set(asked)})
         if changed:
             raise ConfigError(

@@ -50,6 +50,8 @@ def training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
         report_to=recipe.report_to or "none",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
+        fsdp=recipe.fsdp and int(os.environ.get("WORLD_SIZE", "1")) > 1,  # pyright: ignore[reportArgumentType]
+        fsdp_config={"version": 2},
         remove_unused_columns=False,
         label_names=["labels"],
     )

@@ -35,6 +35,7 @@ from pointalign.progress import is_first_process, progress
 from pointalign.released import released_messages
 from pointalign.run_folder import RunFolder
 from pointalign.run_loop import run_trainer, uses_bf16
+from pointalign.sharding import gather_weights
 from pointalign.storage import cache_dir, written_folder
 from pointalign.training import RecipeTrainer, build_regularizer, build_trainer
 
@@ -230,8 +231,10 @@ def check_start(recipe: Recipe) -> None:
     """See that the folder a recipe starts from is there, before anything is asked of the Hub.
 
     Raises:
-        ConfigError: when it is not.
+        ConfigError: when it is not, or FSDP is to split a model that the stage does not train.
     """
+    if recipe.fsdp and recipe.stage == "encoder":
+        raise ConfigError("fsdp splits a language model; stage encoder trains none: leave fsdp out")
     start = recipe.model.start_from
     if start is None or start.count("/") < 2 or Path(start).is_dir():  # a Hub id has one slash
         return
@@ -253,6 +256,7 @@ def _train(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
         if uses_bf16(recipe):
             cast_frozen(model)
         trainer, regularizer = train_language(recipe, folder, model, processor)
+    gather_weights(model)
     if regularizer is not None:
         counts["alignment_projector"] = sum(p.numel() for p in regularizer.parameters())
         regularizer.detach()

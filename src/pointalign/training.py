@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from pointalign.alignment import AlignmentRegularizer, pool_target
 from pointalign.config import AlignmentSettings, OptimizerSettings, Recipe
@@ -25,6 +26,7 @@ from pointalign.models.packing import packed_positions, packing_attention
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.progress import say
 from pointalign.released import released_alignment_mask
+from pointalign.sharding import allow_cpu, prepare_to_split, split_like, split_optimizer_state, whole
 
 TRAINABLE_FILE = "trainable.safetensors"
 
@@ -66,8 +68,18 @@ class RecipeTrainer(Trainer):
         self.batches, self.settings = batches, settings
         # Every loss here is normalised over the whole accumulated, distributed batch, so Trainer must not divide it.
         self.model_accepts_loss_kwargs = True
+        if self.is_fsdp_enabled:
+            prepare_to_split(self.accelerator, self.model)  # pyright: ignore[reportArgumentType]
         self._sums: dict[str, float] = {}
         self._steps_summed = 0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also splits models on CPUs, where the arguments ask for FSDP."""
+        super().create_accelerator_and_postprocess()
+        plugin = self.args.fsdp_plugin_args
+        if plugin is not None and not self.is_fsdp_enabled:
+            allow_cpu(self.accelerator, plugin)
+            self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this process; sharded here, because the batches of a mixture differ in size."""
@@ -135,10 +147,11 @@ class RecipeTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the weights that train (and buffers of modules in training mode); the rest is the recipe's start."""
+        state = whole(trained_state(self.accelerator.unwrap_model(self.model)))  # pyright: ignore[reportArgumentType]
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(trained_state(self.accelerator.unwrap_model(self.model)), folder / TRAINABLE_FILE)
+            save_file(state, folder / TRAINABLE_FILE)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
@@ -149,14 +162,37 @@ class RecipeTrainer(Trainer):
                 f"({str(error).splitlines()[0]}); free some space and go on with --resume"
             ) from error
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer would write the whole model too, in files that only FSDP reads.
+        state = whole(self.optimizer.state_dict())  # pyright: ignore[reportOptionalMemberAccess]
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)  # pyright: ignore
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        optimizer: Any = self.optimizer
+        optimizer.load_state_dict(split_optimizer_state(state, optimizer))
+        self.lr_scheduler.load_state_dict(schedule)  # pyright: ignore[reportOptionalMemberAccess]
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINABLE_FILE
         target = self.model if model is None else model
         state = load_weights_file(path)
-        names = set(trained_state(target))  # pyright: ignore[reportArgumentType]
-        if names != set(state):
-            changed = sorted(names ^ set(state))[:3]
+        own = trained_state(target)  # pyright: ignore[reportArgumentType]
+        if own.keys() != state.keys():
+            changed = sorted(own.keys() ^ state.keys())[:3]
             raise ConfigError(f"{path} was written by another recipe (differs in {changed}); start a new run folder")
+        state = {name: split_like(tensor, own[name]) for name, tensor in state.items()}
         load_into(target, state, path, ignore="")  # pyright: ignore[reportArgumentType]
         self._steps_summed = int(Path(resume_from_checkpoint).name.rpartition("-")[2])
 
