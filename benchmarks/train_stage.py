@@ -2,6 +2,8 @@
 
     python benchmarks/train_stage.py                          # household data, SmolLM2-135M
     python benchmarks/train_stage.py --size paper --steps 50  # random weights of the paper's sizes, on a GPU
+    python benchmarks/train_stage.py --size paper --quantize nf4 --compile     # on 4-bit weights, as compiled blocks
+    python benchmarks/train_stage.py --times 4                # four times the conversations a step
     python benchmarks/train_stage.py --size tiny --steps 4    # the same path in seconds
 
 The peak is that of bfloat16 (float32 where the run computes in it) matmuls of the model's own shapes, measured in the same
@@ -27,9 +29,12 @@ from train_step import device_name, prepare
 from true_size import StepClock, peak_memory
 
 from pointalign.config import Recipe
+from pointalign.models.pointalign import PointAlignForConditionalGeneration
+from pointalign.parts import select_parts
 from pointalign.run_folder import RunFolder, environment
 from pointalign.run_loop import uses_bf16
 from pointalign.runs import cast_frozen, quiet, train_language
+from pointalign.training import AlignmentTrainer
 
 REPEATS = 8
 
@@ -52,7 +57,7 @@ def matmul_peak(tokens: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dty
 
 
 class Work:
-    """Counts tokens and scored positions of every forward pass, and the matmul work they mean."""
+    """Counts tokens and scored positions of every forward pass that it watches, and the matmul work they mean."""
 
     def __init__(self, model: Any) -> None:
         head = model.get_output_embeddings().weight
@@ -65,7 +70,6 @@ class Work:
             {tuple(p.shape) for p in matrices.values() if min(p.shape) >= model.config.text_config.hidden_size}
         )
         self.tokens, self.flops = [], []
-        model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module: Any, arguments: Any, inputs: dict[str, Any]) -> None:
         """Before a forward pass; reads shapes alone, so that no device is waited for."""
@@ -75,67 +79,112 @@ class Work:
         self.flops.append(tokens * self.per_token + labels * self.per_label)
 
 
-def measure(size: str, steps: int, precision: Any, packing: bool) -> dict[str, Any]:
-    """Train some steps.
+def quantized(model: Any, recipe: Recipe, folder: Path, kind: str) -> Any:
+    """The model once more, read from a folder with its language model in 4 or 8 bits."""
+    model.save_pretrained(folder)
+    again = PointAlignForConditionalGeneration.from_pretrained(folder, is_trainable=True, quantize=kind)
+    select_parts(again, recipe.trains)
+    return again
 
-    Args:
-        size: see `train_step.prepare`.
-        steps: optimiser steps, 2 or more; the first one warms up and is not counted.
-        precision: of the recipe.
-        packing: of the recipe.
-    """
+
+def forbid_waiting() -> None:
+    """From now on a step that asks the GPU for a value ends the benchmark."""
+    step = AlignmentTrainer.training_step
+
+    def strict(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(trainer, *args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    AlignmentTrainer.training_step = strict
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Train some steps, the first two of which warm up and are not counted; options are the command's."""
     quiet()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        bf16 = uses_bf16(Recipe(precision=precision))
-        recipe, model, processor = prepare(size, folder, steps, not bf16)
+        bf16 = uses_bf16(Recipe(precision=options.precision))
+        recipe, model, processor = prepare(options.size, folder, options.steps, not bf16)
         os.environ["POINTALIGN_CACHE"] = str(folder / "cache")
-        recipe.precision, recipe.packing, recipe.logging_steps = precision, packing, min(steps, 10)
+        recipe.precision, recipe.packing, recipe.compile = options.precision, options.packing, options.compile
+        recipe.logging_steps = min(options.steps, 10)
+        for kind in recipe.data.sets:
+            kind.batch_size *= options.times
+        work, dtype = Work(model), torch.bfloat16 if bf16 else torch.float32
+        if options.quantize:
+            model = quantized(model, recipe, folder / "start", options.quantize)
         if bf16:
             cast_frozen(model)
-        work, clock, dtype = Work(model), StepClock(), torch.bfloat16 if bf16 else torch.float32
-        typical = 512 if size == "household" else 2048
+        model.register_forward_pre_hook(work.count, with_kwargs=True)
+        typical = (512 if options.size == "household" else 2048) * options.times
         peaks = [matmul_peak(typical, work.shapes, dtype)]
         if torch.cuda.is_available():
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        run = RunFolder(folder / "run")
+        clock, run = StepClock(), RunFolder(folder / "run")
         run.open(recipe, resume=False)
         train_language(recipe, run, model, processor)
+        seconds, memory = clock.stop()[1:], peak_memory(device_name())
         peaks.append(matmul_peak(typical, work.shapes, dtype))
-        seconds, told = clock.stop(), environment(recipe)
-        rates = [tokens / taken for tokens, taken in zip(work.tokens[1:], seconds, strict=True)]
-        reached = [flops / taken for flops, taken in zip(work.flops[1:], seconds, strict=True)]
-        return {
-            "benchmark": "train_stage",
-            "size": size,
-            "steps": steps,
-            "packing": recipe.packing,
-            "precision": "bf16" if bf16 else "fp32",
-            "tokens_per_step": round(statistics.mean(work.tokens[1:])),
-            "seconds_per_step": round(statistics.median(seconds), 4),
-            "tokens_per_second": round(statistics.median(rates), 1),
-            "quartiles": [round(value, 1) for value in statistics.quantiles(rates, n=4)[::2]],
-            "matmul_peak_gflops": round(max(peaks) / 1e9, 1),
-            "share_of_peak": round(statistics.median(reached) / max(peaks), 3),
-            "seconds_for_10000_steps": round(1e4 * statistics.mean(seconds)),
-            "peak_memory_gib": round(peak_memory(device_name()) / 2**30, 3),
-            "device": told["device"],
-            "threads": told["threads"],
-            "versions": told["versions"],
-        }
+        return told(options, recipe, bf16, work, seconds, max(peaks), memory)
+
+
+def told(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    bf16: bool,
+    work: Work,
+    seconds: Sequence[float],
+    peak: float,
+    memory: int,
+) -> dict[str, Any]:
+    """The benchmark's result, from what was counted and timed of all steps but the first two."""
+    around = environment(recipe)
+    rates = [tokens / taken for tokens, taken in zip(work.tokens[2:], seconds, strict=True)]
+    reached = [flops / taken for flops, taken in zip(work.flops[2:], seconds, strict=True)]
+    return {
+        "benchmark": "train_stage",
+        "size": options.size,
+        "steps": options.steps,
+        "times": options.times,
+        "packing": recipe.packing,
+        "compile": recipe.compile,
+        "quantize": options.quantize,
+        "precision": "bf16" if bf16 else "fp32",
+        "tokens_per_step": round(statistics.mean(work.tokens[2:])),
+        "seconds_per_step": round(statistics.median(seconds), 4),
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "quartiles": [round(value, 1) for value in statistics.quantiles(rates, n=4)[::2]],
+        "matmul_peak_gflops": round(peak / 1e9, 1),
+        "share_of_peak": round(statistics.median(reached) / peak, 3),
+        "seconds_for_10000_steps": round(1e4 * statistics.mean(seconds)),
+        "peak_memory_gib": round(memory / 2**30, 3),
+        "device": around["device"],
+        "threads": around["threads"],
+        "versions": around["versions"],
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure once; one line of JSON on stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["household", "paper", "tiny"], default="household")
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps, 4 or more")
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps, 5 or more")
+    parser.add_argument("--times", type=int, default=1, help="conversations of a step, times the recipe's")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--quantize", choices=["nf4", "int8"], help="of the frozen language model's matrices")
+    parser.add_argument("--forbid-waiting", action="store_true", help="on a GPU: end when a step waits for it")
     options = parser.parse_args(arguments)
-    if options.steps < 4:
-        parser.error("--steps is 4 or more: the first step warms up, and a spread needs two")
-    print(json.dumps(measure(options.size, options.steps, options.precision, options.packing)))
+    if options.steps < 5:
+        parser.error("--steps is 5 or more: the first two warm up, and a spread needs two")
+    if options.forbid_waiting and torch.cuda.is_available():
+        forbid_waiting()
+    print(json.dumps(measure(options)))
 
 
 if __name__ == "__main__":

@@ -47,9 +47,11 @@ from pointalign.runs import PreparedClouds, build_model, cast_frozen, quiet, tra
 from pointalign.training import learning_rate_at, mixture, parameter_groups
 
 PROCEDURES = ("ours", "published")
-# How far apart, relatively, each loss may be at the first step, and its mean over all steps: bfloat16 has eight bits, and the
-# small differences of a step move the next one's weights; in float32 it is rounding alone.
-TOLERANCE = {"bf16": (0.01, 0.03), "fp32": (2e-5, 5e-4)}
+# How far apart, relatively, each loss may be at the first step, and its mean over all steps. bfloat16 has eight bits: the
+# published procedure in bfloat16 is itself up to 0.4 % from float32 at the first step and 1.5 % in single ones of the first
+# eight, for rounding turns some signs of small gradients, and AdamW's first steps move every weight by the learning rate
+# whatever its gradient (docs/LOG.md, 2026-11-25). In float32 it is rounding alone.
+TOLERANCE = {"bf16": (0.005, 0.02), "fp32": (2e-5, 5e-4)}
 WARM_UP = 2
 
 

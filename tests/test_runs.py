@@ -380,3 +380,32 @@ def test_released_positions_alone_change_only_where_the_loss_is_taken(
     ours, released = first["point_tokens"], first["released"]
     assert released["lm_loss"] == pytest.approx(ours["lm_loss"], rel=1e-5)
     assert abs(released["alignment_loss"] / ours["alignment_loss"] - 1) > 1e-3
+
+
+def test_a_compiled_run_is_the_plain_one(
+    start: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the graphs alone, without what makes machine code of them; one graph serves all blocks and lengths."""
+    monkeypatch.setenv("POINTALIGN_CACHE", str(cache))
+    compile, graphs = torch.compile, []
+
+    def watched(function: Any, **options: Any) -> Any:
+        def backend(graph: Any, inputs: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        return compile(function, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", watched)
+    changes: dict[str, Any] = {
+        "lora": {"rank": 2, "alpha": 4, "dropout": 0.0},
+        "optimizer": {"max_steps": 4, "learning_rate": "1e-2", "warmup_steps": 0},
+        "logging_steps": 1,
+    }
+    runs = {name: tmp_path / name for name in ("compiled", "plain")}
+    for name, run in runs.items():
+        train(tiny_recipe(start, compile=name == "compiled", **changes), run)
+    assert 1 <= len(graphs) <= 4
+    compiled, plain = (RunFolder(run).metrics() for run in runs.values())
+    for loss in ("lm_loss", "alignment_loss", "grad_norm"):
+        assert [line[loss] for line in compiled] == pytest.approx([line[loss] for line in plain], rel=2e-4)

@@ -40,7 +40,8 @@ def test_a_step_of_both_procedures() -> None:
 
 
 def test_a_stretch_of_the_stage() -> None:
-    told = run("train_stage.py", "--steps", "4")
+    told = run("train_stage.py", "--steps", "5", "--quantize", "nf4", "--times", "2", "--forbid-waiting")
     assert told["packing"]
+    assert (told["quantize"], told["times"]) == ("nf4", 2)
     assert told["tokens_per_second"] > 0
     assert 0 < told["share_of_peak"] < 1

@@ -35,10 +35,16 @@ def _token_losses(projected: Tensor, target: Tensor, kind: AlignmentLoss) -> Ten
 
 
 def _select_target(target: Tensor, mask: Tensor) -> Tensor:
-    """Rows of the target, one per true position of the mask, in the mask's order."""
-    if target.shape[:-1] == mask.shape:
+    """Rows of the target, one per true position of the mask, in the mask's order; with positions it has no other rows."""
+    if mask.dtype == torch.bool and target.shape[:-1] == mask.shape:
         return target[mask]
     return target.reshape(-1, target.shape[-1])
+
+
+def _select_hidden(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states (B, L, D) at the true positions of a mask (B, L), or at flat positions (T,)."""
+    mask = mask.to(hidden.device)
+    return hidden[mask] if mask.dtype == torch.bool else hidden.flatten(0, -2).index_select(0, mask)
 
 
 def alignment_loss(projected: Tensor, target: Tensor, mask: Tensor, kind: AlignmentLoss = "cosine") -> Tensor:
@@ -166,7 +172,9 @@ class AlignmentRegularizer(nn.Module):
     DDP and FSDP see the projector's weights; `detach()` leaves the model as it was. While attached, a call of the model
     with the two extra arguments `alignment_mask` (B, L) and `alignment_target` leaves an `AlignmentTerm`, which `take()`
     hands over; a call without them is an ordinary call. The target is a tensor (rows as in `alignment_loss`) or a function
-    of the model's output that gives one. Hidden states are read at one layer and only where the mask is true.
+    of the model's output that gives one. Hidden states are read at one layer and only where the mask is true. In place of
+    the mask, the flat positions of its true values may be given as a 1-D integer tensor, with one row of the target for
+    each: a GPU has to be waited for to look them up in a mask.
 
     Args:
         hidden_size: D of the language model.
@@ -269,7 +277,9 @@ class AlignmentRegularizer(nn.Module):
         mask, target = kwargs.pop("alignment_mask", None), kwargs.pop("alignment_target", None)
         if (mask is None) != (target is None):
             raise DataError("alignment_mask and alignment_target belong together; give both or neither")
-        self._request = None if mask is None else (mask.bool(), target)
+        if mask is not None and (mask.ndim > 1 or mask.dtype == torch.bool):
+            mask = mask.bool()
+        self._request = None if mask is None else (mask, target)
         self._captured, self._term = {}, None
         return args, kwargs
 
@@ -301,7 +311,7 @@ class AlignmentRegularizer(nn.Module):
         self._term = AlignmentTerm(torch.stack(totals).mean(), len(rows_of_target), self.current_weight)
 
     def _layer_total(self, layer: int, hidden: Tensor, mask: Tensor, target: Tensor) -> Tensor:
-        rows = hidden[mask.to(hidden.device)]
+        rows = _select_hidden(hidden, mask)
         if len(rows) != len(target):
             raise DataError(
                 f"{len(target)} alignment targets for {len(rows)} point tokens; the mask and target must match"

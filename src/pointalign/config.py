@@ -75,6 +75,9 @@ class ModelSettings:
     """Folder or Hub id of a PointAlign checkpoint, or a bundled model; when given, the sizes below are its own."""
     language_model: str = "smollm2-135m"
     """Name, Hub id or folder of the language model."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Keep the frozen language model's matrices in 4 bits (nf4) or 8 (int8) while LoRA trains: for cards with little memory.
+    Needs bitsandbytes. A checkpoint that was trained so stays so."""
     point_token: str | None = None
     """Placeholder token for point tokens; chosen from the vocabulary when not given."""
     num_points: int = 8192
@@ -242,6 +245,8 @@ class Recipe:
     packing: bool = True
     """Lay the conversations of a step end to end instead of padding them, for models that keep them apart; the losses are
     the same. Released alignment positions pad."""
+    compile: bool = False
+    """Compile the decoder blocks in the first step, a minute or so; later steps take less time. Pays in long runs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     fsdp: bool = False

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pointalign.errors import ConfigError
@@ -37,6 +38,29 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
 def block_output(output: Any) -> Tensor:
     """The hidden states (B, L, D) in what a decoder block returns."""
     return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def compiled_blocks(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """While this lasts, the decoder blocks of any Hugging Face model run as one graph that they share, for any length.
+
+    Hooks on blocks stay outside of the graph. Compiling takes a minute or so, in the first step.
+
+    Args:
+        model: its blocks are found by their number.
+        wanted: False changes nothing.
+
+    Raises:
+        ConfigError: when the blocks cannot be found.
+    """
+    blocks: Any = find_decoder_layers(model) if wanted else []
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=True)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 @contextmanager

@@ -177,6 +177,8 @@ def select_parts(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     for parameter_name, parameter in model.named_parameters():
         copied = ".original_module." in parameter_name
         owner = None if copied else next((name for name in counts if PARTS[name](parameter_name)), None)
+        if owner is not None and not parameter.is_floating_point():
+            raise ConfigError(f"trains: {owner} is quantised and cannot train; leave model.quantize at none")
         parameter.requires_grad_(owner is not None)
         if owner is not None:
             parameter.data = parameter.data.float()

@@ -57,14 +57,18 @@ def build_model(
     Raises:
         CheckpointError: when a checkpoint or the language model cannot be loaded.
     """
+    quantize = None if settings.quantize == "none" else settings.quantize
     if settings.start_from is not None:
-        model = PointAlignForConditionalGeneration.from_pretrained(settings.start_from, is_trainable=True)
+        model = PointAlignForConditionalGeneration.from_pretrained(
+            settings.start_from, is_trainable=True, quantize=quantize
+        )
         return model, load_processor(settings.start_from)
     tokenizer = load_tokenizer(settings.language_model)
-    language_model: Any = load_language_model(settings.language_model, dtype=torch.float32)
+    language_model: Any = load_language_model(settings.language_model, quantize, dtype=torch.float32)
     token = choose_point_token(tokenizer, language_model.get_input_embeddings().weight.shape[0], settings.point_token)
     fit_embeddings(language_model, tokenizer.convert_tokens_to_ids(token) + 1)
     config = model_config(settings, language_model.config, tokenizer.convert_tokens_to_ids(token))
+    config.quantize = quantize
     model = PointAlignForConditionalGeneration(config, language_model=language_model)
     generation = language_model.generation_config
     generation.suppress_tokens = [config.point_token_id]
@@ -331,7 +335,7 @@ def cast_frozen(model: PointAlignForConditionalGeneration) -> None:
     that still lies in the mapped file of weights keeps the whole file in memory.
     """
     for parameter in model.language_model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.bfloat16) if parameter.ndim >= 2 else parameter.data.clone()
 
 

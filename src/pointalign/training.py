@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pointalign.alignment import AlignmentRegularizer, pool_target
 from pointalign.config import AlignmentSettings, OptimizerSettings, Recipe
 from pointalign.data.conversations import Collator, ConversationDataset
 from pointalign.data.mixture import MixtureBatchSampler
+from pointalign.decoder_blocks import compiled_blocks
 from pointalign.errors import CheckpointError, ConfigError, PointAlignError
 from pointalign.models.checkpoint import load_into, load_weights_file
 from pointalign.models.packing import packed_positions, packing_attention
@@ -92,6 +94,12 @@ class RecipeTrainer(Trainer):
             pin_memory=self.args.device.type == "cuda",
         )
 
+    def _prepare_input(self, data: Any) -> Any:
+        """As `Trainer`, without waiting for the device; the loader's batches lie in pinned memory."""
+        if isinstance(data, Tensor) and self.args.device.type == "cuda":
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of one step, and how many items their losses are means over."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
@@ -99,7 +107,7 @@ class RecipeTrainer(Trainer):
 
     def count_items(self, batches: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """What the losses of a step are divided by; here the number of batches."""
-        return torch.tensor(len(batches), device=device)
+        return torch.tensor(len(batches)).to(device, non_blocking=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW on the parameters that train."""
@@ -108,6 +116,7 @@ class RecipeTrainer(Trainer):
                 parameter_groups(self.model if model is None else model, self.settings.weight_decay),  # pyright: ignore
                 lr=self.settings.learning_rate,
                 betas=(0.9, self.settings.beta2),
+                fused=self.args.device.type == "cuda" or None,
             )
         return self.optimizer
 
@@ -241,6 +250,7 @@ class AlignmentTrainer(RecipeTrainer):
         regularizer: attached to the model, or None for plain fine-tuning.
         target: what the point tokens are aligned with, see `alignment_target`.
         packing: lay conversations end to end instead of padding them, if the language model keeps them apart.
+        compile: compile the decoder blocks, see `compiled_blocks`.
         kwargs: passed to `RecipeTrainer`.
     """
 
@@ -249,33 +259,42 @@ class AlignmentTrainer(RecipeTrainer):
         regularizer: AlignmentRegularizer | None = None,
         target: str = "qformer",
         packing: bool = False,
+        compile: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.regularizer, self.target, self.packing = regularizer, target, packing
+        self.regularizer, self.target, self.packing, self.compile = regularizer, target, packing, compile
         self._num_point_tokens: Tensor | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`, on packed conversations where that is asked for and can be."""
-        if not self.packing:
-            return super().train(*args, **kwargs)
+        """As `Trainer.train`, on packed conversations and compiled blocks where that is asked for and can be."""
         model: Any = self.accelerator.unwrap_model(self.model)  # pyright: ignore[reportArgumentType]
-        with packing_attention(model.language_model, bf16=bool(self.args.bf16)) as possible:
-            if possible:
-                self.data_collator.packing = packed_positions  # pyright: ignore
-            else:
-                say("this language model does not keep packed conversations apart; they are padded instead")
+        with ExitStack() as stack:
+            if self.packing:
+                if stack.enter_context(packing_attention(model.language_model, bf16=bool(self.args.bf16))):
+                    self.data_collator.packing = packed_positions  # pyright: ignore
+                else:
+                    say("this language model does not keep packed conversations apart; they are padded instead")
+            stack.enter_context(compiled_blocks(model, self.compile))
             return super().train(*args, **kwargs)
 
     def count_items(self, batches: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """The number of labels over all processes; the number of point tokens is kept for the second loss."""
         labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         tokens = sum(int(batch["alignment_mask"].sum()) for batch in batches)
-        counts = torch.tensor([labels, tokens], dtype=torch.float32, device=device)
+        counts = torch.tensor([labels, tokens], dtype=torch.float32).to(device, non_blocking=True)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")  # pyright: ignore
         self._num_point_tokens = counts[1].clamp(min=1)
         return counts[0].clamp(min=1)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch on the device; where its point tokens stand is looked up before, so that the device is not waited for."""
+        config: Any = self.accelerator.unwrap_model(self.model).config  # pyright: ignore
+        placeholders = inputs["input_ids"] == config.point_token_id
+        aligned = inputs["alignment_mask"].flatten().nonzero().flatten()
+        found = {"point_positions": placeholders.flatten().nonzero().flatten(), "alignment_mask": aligned}
+        return super()._prepare_inputs({**inputs, **found})
 
     def compute_loss(
         self,
@@ -370,6 +389,7 @@ def build_trainer(
         regularizer=regularizer,
         target=recipe.alignment.target,
         packing=recipe.packing and not released,
+        compile=recipe.compile,
         batches=mixture(dataset, recipe),
         settings=recipe.optimizer,
         model=model,

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from pointalign.errors import CheckpointError
 from pointalign.models.language_model import load_language_model
+from pointalign.models.quantization import adopt, kept_whole, language_model_weights, quantization_config
 
 ADAPTED_PARTS = ("language_model", "connector.qformer")
 WEIGHTS_FILE = "model.safetensors"
@@ -50,6 +51,10 @@ def save_own_weights(model: Any, folder: Path, self_contained: bool, save: Calla
     reference = model.config.language_model
     if self_contained:
         model.config.language_model = None
+        if model.config.quantize is not None:
+            # What was quantised is quantised again when it is read, so the weights stay as they came.
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("language_model.")}
+            state.update(_unquantized_weights(model, reference))
     else:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("language_model.")}
     try:
@@ -60,6 +65,15 @@ def save_own_weights(model: Any, folder: Path, self_contained: bool, save: Calla
         module = _part(model, part)
         if isinstance(module, PeftModel):
             module.save_pretrained(str(folder / adapter_folder(part)))
+
+
+def _unquantized_weights(model: Any, reference: str | None) -> dict[str, Tensor]:
+    """The language model's weights before they were quantised, by their names in a folder that holds them."""
+    if reference is None:
+        return language_model_weights(model.quantized_from)
+    language_model = load_language_model(reference)
+    fit_embeddings(language_model, model.config.text_config.vocab_size)
+    return {f"language_model.{name}": tensor for name, tensor in language_model.state_dict().items()}
 
 
 def _part(model: nn.Module, name: str) -> Any:
@@ -185,7 +199,10 @@ def load_own_weights(
         raise CheckpointError(
             f"cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}; copy the checkpoint again"
         ) from error
+    config.quantize = kwargs.pop("quantize", None) or config.quantize
     if config.language_model is None:
+        if config.quantize is not None:
+            kwargs["quantization_config"] = quantization_config(config.quantize, kept_whole(cls, config))
         try:
             model, report = load(folder, *args, config=config, output_loading_info=True, **kwargs)
         except (SafetensorError, OSError, RuntimeError) as error:
@@ -199,8 +216,11 @@ def load_own_weights(
                 f"{folder} does not fit its config.json: missing {missing or 'nothing'}, left over "
                 f"{left_over or 'nothing'}; copy the checkpoint again"
             )
+        if config.quantize is not None:
+            adopt(model, model.language_model)
+            model.quantized_from = folder
     else:
-        language_model = load_language_model(config.language_model, **kwargs)
+        language_model = load_language_model(config.language_model, quantize=config.quantize, **kwargs)
         fit_embeddings(language_model, config.text_config.vocab_size)
         model = cls(config, language_model=language_model)
         weight = language_model.get_input_embeddings().weight
@@ -235,9 +255,13 @@ def attach_adapter(model: nn.Module, part: str, path: Path, is_trainable: bool) 
     setattr(_part(model, parent) if parent else model, attribute, adapted)
 
 
-def merge_adapters(model: nn.Module) -> bool:
-    """Fold adapters into the parts they adapt; tells whether the language model had one."""
-    adapted = [part for part in ADAPTED_PARTS if isinstance(_part(model, part), PeftModel)]
+def merge_adapters(model: Any) -> bool:
+    """Fold adapters into the parts they adapt; tells whether the language model's was.
+
+    A quantised language model keeps its own: folded in, it would be rounded to a few bits.
+    """
+    parts = ADAPTED_PARTS if model.config.quantize is None else ADAPTED_PARTS[1:]
+    adapted = [part for part in parts if isinstance(_part(model, part), PeftModel)]
     for part in adapted:
         parent, _, attribute = part.rpartition(".")
         setattr(_part(model, parent) if parent else model, attribute, _part(model, part).merge_and_unload())

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from pointalign.errors import CheckpointError, MissingDependencyError
+from pointalign.models.quantization import adopt, quantization_config
 from pointalign.storage import cache_dir, written_folder
 
 
@@ -111,20 +112,27 @@ def _unavailable(name: str, error: Exception) -> CheckpointError:
     return CheckpointError(f"cannot load language model {name!r}: {reason}; {hint}")
 
 
-def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
+def load_language_model(name: str, quantize: str | None = None, **kwargs: Any) -> PreTrainedModel:
     """Load any causal language model of transformers.
 
     Args:
         name: a short name, a Hub id or a folder.
+        quantize: "nf4" or "int8" for matrices of 4 or 8 bits, see `quantization_config`.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config, ...).
 
     Raises:
         CheckpointError: when it cannot be found or read.
+        PointAlignError: as `quantization_config`.
     """
+    if quantize is not None:
+        kwargs["quantization_config"] = quantization_config(quantize)
     try:
-        return AutoModelForCausalLM.from_pretrained(resolve_language_model(name), **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(resolve_language_model(name), **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise _unavailable(name, error) from error
+    if quantize is not None:
+        adopt(model, model)
+    return model
 
 
 @cache

@@ -1,15 +1,17 @@
 """Packed conversations: one after another in a single row, without padding, and without a word passing between them.
 
 transformers keeps packed conversations apart by their position ids, whatever the attention: flash attention takes them as
-they are, everything else gets a mask of (tokens x tokens). On a CPU that mask costs more than the padding did, and PyTorch's
-fused kernel is slow at going back in bfloat16, so `packed_attention` gives each conversation a row of its own for the
-attention alone, and plain products do the rest. Letters: S conversations, L the longest one, T tokens, H heads, G key heads.
+they are, everything else gets a mask of (tokens x tokens). On a CPU that mask costs more than the padding did, on a GPU it is
+waited for; so `packed_attention` gives each conversation a row of its own for the attention alone. Plain products do the rest
+on a CPU, where PyTorch's fused kernel is slow at going back in bfloat16, and the fused kernel without a mask on a GPU.
+Letters: S conversations, L the longest one, T tokens, H heads, G key heads, D width of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
-CPU_ATTENTION = "pointalign_packed"
+PACKED_ATTENTION = "pointalign_packed"
 
 
 def packed_positions(lengths: Sequence[int]) -> dict[str, Any]:
@@ -91,37 +93,56 @@ def packed_attention(
         (1, T, H, D), and no weights.
     """
     ends, length = kwargs["cu_seq_lens_q"].long(), int(kwargs["max_length_q"])
-    count, groups, tokens, width = len(ends) - 1, key.shape[1], key.shape[2], query.shape[3]
+    count, tokens, width = len(ends) - 1, key.shape[2], query.shape[3]
     shifts = torch.arange(count, device=ends.device) * length - ends[:-1]
     places = torch.arange(tokens, device=ends.device) + shifts.repeat_interleave(ends.diff(), output_size=tokens)
 
     def rows(tensor: Tensor) -> Tensor:
-        """(1, heads, T, D) to (S * G, heads / G * L, D): heads that share a key lie below each other."""
+        """(1, heads, T, D) to (S, heads, L, D), zero behind each conversation's end."""
         flat = tensor[0].transpose(0, 1).flatten(1)
         padded = flat.new_zeros(count * length, flat.shape[1]).index_copy(0, places, flat)
-        heads = padded.view(count, length, groups, -1, width).permute(0, 2, 3, 1, 4)
-        return heads.reshape(count * groups, -1, width)
+        return padded.view(count, length, -1, width).transpose(1, 2)
 
-    back = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
-    unseen = back < 0 if sliding_window is None else (back < 0) | (back >= sliding_window)
-    bias = torch.zeros(length, length, device=query.device).masked_fill(unseen, float("-inf"))
-    scores = torch.bmm(rows(query), rows(key).transpose(1, 2)).unflatten(1, (-1, length))
-    weights: Any = _BiasedSoftmax.apply(scores, bias, width**-0.5 if scaling is None else scaling)
-    if module.training and dropout:
-        weights = F.dropout(weights, dropout)
-    attended = torch.bmm(weights.flatten(1, 2), rows(value)).view(count, groups, -1, length, width)
-    heads = attended.permute(0, 3, 1, 2, 4).reshape(count * length, -1)
+    scale = width**-0.5 if scaling is None else scaling
+    dropout = dropout if module.training else 0.0
+    fused = query.is_cuda and sliding_window is None
+    attend = _fused_attention if fused else partial(_plain_attention, sliding_window=sliding_window)
+    attended = attend(rows(query), rows(key), rows(value), scale, dropout)
+    heads = attended.transpose(1, 2).reshape(count * length, -1)
     return heads.index_select(0, places).view(1, tokens, -1, width), None
 
 
-AttentionInterface.register(CPU_ATTENTION, packed_attention)
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
+    """PyTorch's causal attention, (S, H, L, D) with keys and values (S, G, L, D)."""
+    return F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def _plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, sliding_window: int | None = None
+) -> Tensor:
+    """The same by products; heads that share a key lie below each other."""
+    groups, length, device = key.shape[1], key.shape[2], query.device
+    back = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    unseen = back < 0 if sliding_window is None else (back < 0) | (back >= sliding_window)
+    bias = torch.zeros(length, length, device=device).masked_fill(unseen, float("-inf"))
+    below = query.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)
+    scores = torch.bmm(below, key.flatten(0, 1).transpose(1, 2)).unflatten(1, (-1, length))
+    weights: Any = _BiasedSoftmax.apply(scores, bias, scale)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    return torch.bmm(weights.flatten(1, 2), value.flatten(0, 1)).view_as(query)
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 @contextmanager
 def packing_attention(language_model: Any, bf16: bool) -> Iterator[bool]:
     """While this lasts, a language model attends to packed conversations; tells whether it keeps them apart.
 
-    Its attention is replaced by `packed_attention` where that is faster. Whether conversations stay apart is tried out, not
+    Its attention is replaced by `packed_attention` where it is PyTorch's. Whether conversations stay apart is tried out, not
     known by name: models without attention, with positions of their own, or that take no position ids do not.
 
     Args:
@@ -131,8 +152,8 @@ def packing_attention(language_model: Any, bf16: bool) -> Iterator[bool]:
     base: Any = language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
     own = base.config._attn_implementation
     try:
-        if own == "sdpa" and base.device.type == "cpu":
-            base.set_attn_implementation(CPU_ATTENTION)
+        if own == "sdpa":
+            base.set_attn_implementation(PACKED_ATTENTION)
             if keeps_apart(language_model, bf16):
                 yield True
                 return

@@ -41,6 +41,7 @@ class PointAlignConfig(PreTrainedConfig):
             the checkpoint holds them itself.
         shared_with: folder, relative to the checkpoint's, that holds the point encoder, the connector and the processor,
             for a checkpoint that differs from another by its adapters alone; a loaded model forgets it.
+        quantize: "nf4" or "int8" when the language model's matrices are quantised as they are loaded.
     """
 
     model_type = "pointalign"
@@ -56,6 +57,7 @@ class PointAlignConfig(PreTrainedConfig):
     point_token_id: int = 0
     language_model: str | None = None
     shared_with: str | None = None
+    quantize: str | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -205,12 +207,16 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if merge_adapters(self):
             self.config.language_model = None
 
-    def embed_inputs(self, input_ids: Tensor, point_tokens: Tensor | None = None) -> Tensor:
+    def embed_inputs(
+        self, input_ids: Tensor, point_tokens: Tensor | None = None, point_positions: Tensor | None = None
+    ) -> Tensor:
         """Token embeddings with the clouds' tokens at the placeholders.
 
         Args:
             input_ids: (B, L).
             point_tokens: (clouds, Q, D_llm) in the order of their placeholders.
+            point_positions: (placeholders,), where they stand in the flattened ids, if that is known; a GPU then need not
+                be waited for to find them.
 
         Returns:
             (B, L, D_llm).
@@ -220,7 +226,8 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         mask = input_ids == self.config.point_token_id
         embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
-        placeholders, given = int(mask.sum()), 0 if point_tokens is None else point_tokens.shape[:-1].numel()
+        placeholders = int(mask.sum()) if point_positions is None else len(point_positions)
+        given = 0 if point_tokens is None else point_tokens.shape[:-1].numel()
         if placeholders != given:
             raise DataError(
                 f"the prompts hold {placeholders} point placeholders but the clouds give {given} point tokens; "
@@ -228,7 +235,10 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         if point_tokens is None:
             return embeds
-        return embeds.masked_scatter(mask.unsqueeze(-1), point_tokens.to(embeds))
+        tokens = point_tokens.to(embeds)
+        if point_positions is None:
+            return embeds.masked_scatter(mask.unsqueeze(-1), tokens)
+        return embeds.flatten(0, 1).index_copy(0, point_positions, tokens.flatten(0, 1)).view_as(embeds)
 
     def forward(
         self,
@@ -237,6 +247,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         point_clouds: Tensor | None = None,
         point_features: Tensor | None = None,
         point_tokens: Tensor | None = None,
+        point_positions: Tensor | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: Any = None,
@@ -252,6 +263,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             point_clouds: (clouds, N, C), or
             point_features: (clouds, G + 1, D) of the point encoder, or
             point_tokens: (clouds, Q, D_llm) of the connector, computed before by `encode_points`.
+            point_positions: where the point tokens stand, see `embed_inputs`; looked up when not given.
             labels: (B, L), -100 where nothing is to be learnt; shifted inside.
             inputs_embeds: (B, L, D_llm) instead of ids and clouds.
             past_key_values: the language model's cache.
@@ -277,7 +289,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if past_key_values is not None and point_tokens is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
             else:
-                inputs_embeds = self.embed_inputs(input_ids, point_tokens)
+                inputs_embeds = self.embed_inputs(input_ids, point_tokens, point_positions)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -359,7 +371,8 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pretrained_model_name_or_path: `household-135m`, a folder or a Hub id.
             args: passed to `PreTrainedModel.from_pretrained`.
             is_trainable: whether a LoRA adapter is loaded for further training.
-            kwargs: passed to `PreTrainedModel.from_pretrained` (dtype, device_map, quantization_config, ...); for a
+            kwargs: `quantize`, "nf4" or "int8", keeps the language model's matrices in 4 or 8 bits (as the checkpoint says
+                when not given); others are passed to `PreTrainedModel.from_pretrained` (dtype, device_map, ...), for a
                 checkpoint without the language model they go to the language model's loader.
 
         Raises:
