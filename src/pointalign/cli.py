@@ -14,7 +14,7 @@ from pointalign.config import check_seed, load_recipe
 from pointalign.errors import PointAlignError
 from pointalign.verbs.answering import Caption, Chat, Classify, Demo, Render
 from pointalign.verbs.data import BuildExtra, BuildHousehold, CheckData, PackData
-from pointalign.verbs.measuring import Compare, Evaluate, Judge, Probe
+from pointalign.verbs.measuring import Bench, Compare, Evaluate, Judge, Probe
 from pointalign.verbs.training import Bundle, ImportCheckpoint, Quickstart, Recipes, Sweep, Train
 
 EXIT_FAILED = 1
@@ -25,6 +25,7 @@ VERBS: dict[str, Any] = {
     "evaluate": Evaluate,
     "compare": Compare,
     "probe": Probe,
+    "bench": Bench,
     "chat": Chat,
     "caption": Caption,
     "classify": Classify,

@@ -73,7 +73,7 @@ def adopt(model: nn.Module, language_model: nn.Module) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes 0.50 would repack a matrix when it is first used for inference on a CPU, and never again give a
             # gradient through it.
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore
 
 
 def language_model_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Verbs that measure models: evaluate, judge, compare, probe."""
+"""Verbs that measure: evaluate, judge, compare and probe models, and bench the machine's speed."""
 
 from __future__ import annotations
 
@@ -160,3 +160,23 @@ class Probe:
         return probe(
             self.model or [resolve_model()], self.out, self.k, self.folds, self.limit, self.batch_size, self.seed
         )
+
+
+@dataclass
+class Bench:
+    """Measure speed and memory of training, answering and reading against the published procedure; one figure."""
+
+    out: Path | None = None
+    """Folder for results and figure, runs/bench-SIZE when not given; what is done there is not repeated."""
+    size: Literal["household", "paper", "tiny"] = "household"
+    """household: bundled data and SmolLM2-135M; paper: the paper's sizes, random weights, on a GPU; tiny: seconds."""
+    only: list[str] = field(default_factory=list)
+    """Names of benchmarks: train_step, train_stage, train_stage_compiled, train_stage_nf4, generate, encode, load, data; all
+    that run at the size when not given."""
+    check: bool = False
+    """Hold the numbers against the targets; exit status 1 when one is missed."""
+
+    def run(self) -> dict[str, Any]:
+        from pointalign.bench.run import run_bench
+
+        return run_bench(self.out or Path(f"runs/bench-{self.size}"), self.size, self.only, self.check)

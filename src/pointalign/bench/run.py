@@ -1,0 +1,139 @@
+"""Run the benchmarks of a checkout one after the other, hold them against the targets, and draw them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pointalign.bench.targets import BENCHMARKS, NAMES, Benchmark, Size, ratios, verdicts
+from pointalign.errors import ConfigError, PointAlignError
+from pointalign.progress import progress, say
+from pointalign.run_folder import git_commit
+from pointalign.storage import write_text
+
+RESULTS_FILE = "bench.json"
+FIGURE_FILE = "performance.png"
+
+
+def find_benchmarks() -> Path:
+    """The folder `benchmarks/` of the checkout that this package runs from, or of the working folder.
+
+    Raises:
+        PointAlignError: when there is none.
+    """
+    for root in (Path(__file__).resolve().parents[3], Path.cwd()):
+        if (root / "benchmarks" / "train_step.py").is_file():
+            return root / "benchmarks"
+    raise PointAlignError(
+        "the benchmarks are not part of the installed package: run `pointalign bench` in the root of a checkout"
+    )
+
+
+def run_bench(out: Path, size: Size, only: Sequence[str] = (), check: bool = False) -> dict[str, Any]:
+    """Run what is not done yet, and write one JSON file and one figure of all.
+
+    Args:
+        out: folder of the results; a benchmark whose result lies there is not repeated.
+        size: of models and data.
+        only: names of benchmarks; all that run at this size when empty.
+        check: hold the results against the targets.
+
+    Returns:
+        Names that were run, failed and are missing; the figure; and with `check` the verdicts and `complete`, whether all
+        targets are met.
+
+    Raises:
+        ConfigError: for unknown names, or a folder that holds another size.
+        PointAlignError: outside a checkout.
+    """
+    if unknown := [name for name in only if name not in NAMES]:
+        raise ConfigError(f"unknown benchmark {', '.join(unknown)}; known are {', '.join(NAMES)}")
+    scripts = find_benchmarks()
+    chosen = [b for b in BENCHMARKS if (b.name in only if only else size in b.sizes)]
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict[str, Any]] = {}
+    absent, failed = [], []
+    with progress("benchmarks", len(chosen)) as advance:
+        for benchmark in chosen:
+            if not (scripts / benchmark.script).is_file():
+                say(f"{benchmark.name}: this checkout has no benchmarks/{benchmark.script}; left out")
+                absent.append(benchmark.name)
+            elif (result := run_one(benchmark, scripts, out, size)) is None:
+                failed.append(benchmark.name)
+            else:
+                results[benchmark.name] = result
+            advance(1)
+    return _tell(out, size, results, {"absent": absent, "failed": failed}, {b.name for b in chosen} if check else None)
+
+
+def run_one(benchmark: Benchmark, scripts: Path, out: Path, size: Size) -> dict[str, Any] | None:
+    """A benchmark's JSON line: read where it is done already, else run; None when it failed, which is said.
+
+    Raises:
+        ConfigError: when the folder holds its result at another size.
+    """
+    done, log = out / f"{benchmark.name}.json", out / f"{benchmark.name}.log"
+    if done.is_file():
+        result = json.loads(done.read_text(encoding="utf-8"))
+        if result.get("size") != size:
+            raise ConfigError(f"{done} is of size {result.get('size')}, not {size}; name another --out, or delete it")
+        say(f"{benchmark.name}: done already ({done})")
+        return result
+    say(f"{benchmark.name}: {benchmark.about}; what it says goes to {log}")
+    command = [sys.executable, str(scripts / benchmark.script), *benchmark.arguments(size)]
+    with log.open("w", encoding="utf-8") as errors:
+        ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    lines = ended.stdout.strip().splitlines()
+    try:
+        result = json.loads(lines[-1]) if ended.returncode == 0 else None
+    except (ValueError, IndexError):
+        result = None
+    if not isinstance(result, dict):
+        last = (log.read_text(encoding="utf-8").strip().splitlines() or ["nothing was said"])[-1]
+        say(f"{benchmark.name}: failed with exit status {ended.returncode}: {last[:300]} (all of it: {log})")
+        return None
+    result = {**result, "size": size, "command": ["python", f"benchmarks/{benchmark.script}", *command[2:]]}
+    write_text(done, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _tell(
+    out: Path, size: Size, results: dict[str, dict[str, Any]], left: dict[str, list[str]], checked: set[str] | None
+) -> dict[str, Any]:
+    """Write the JSON file and the figure of what was measured; the summary for the last line on stdout."""
+    import torch
+
+    from pointalign.bench.figure import draw
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = verdicts(results, size, device, set(results) if checked is None else checked)
+    told = {
+        "size": size,
+        "device": device,
+        "git_commit": git_commit(Path(__file__).parent),
+        "benchmarks": results,
+        **left,
+        "targets": [{**v.target._asdict(), "measured": v.measured, "met": v.met} for v in found],
+    }
+    write_text(out / RESULTS_FILE, json.dumps(told, indent=2) + "\n")
+    machine = next((result["device"] for result in results.values() if result.get("device")), device)
+    drawn = draw(ratios(results), found, out / FIGURE_FILE, f"size {size}, {machine}")
+    summary: dict[str, Any] = {
+        "results": str(out / RESULTS_FILE),
+        "figure": str(out / FIGURE_FILE) if drawn else None,
+        "ran": list(results),
+        **left,
+        "complete": not left["failed"],
+    }
+    if checked is not None:
+        for verdict in found:
+            say(verdict.line())
+        if not found:
+            say(f"there are no targets for size {size} on {device}")
+        summary["missed"] = [f"{v.target.benchmark}.{v.target.key}" for v in found if not v.met]
+        summary["complete"] = not left["failed"] and not summary["missed"]
+    return summary

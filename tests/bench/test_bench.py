@@ -1,0 +1,117 @@
+"""`pointalign bench`: what is run, kept, held against targets and drawn; the benchmarks themselves have their own tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pointalign.bench import run as bench
+from pointalign.bench.figure import draw
+from pointalign.bench.targets import BENCHMARKS, NAMES, TARGETS, Ratio, ratios, verdicts
+from pointalign.cli import main
+from pointalign.errors import ConfigError, PointAlignError
+
+RESULT = {
+    "speedup": 3.0,
+    "memory_ratio": 0.45,
+    "device": "a chip",
+    "ours": {"quartiles": [1.0, 2.0]},
+    "published": {"quartiles": [5.0, 6.0]},
+}
+SCRIPT = "import sys\nopen('ran', 'a').write(sys.argv[0] + chr(10))\nprint('words')\nprint({0!r})\n"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two benchmarks, one of which fails, as the place where the command runs."""
+    scripts = tmp_path / "benchmarks"
+    scripts.mkdir()
+    (scripts / "train_step.py").write_text(SCRIPT.format(json.dumps(RESULT)))
+    (scripts / "encode.py").write_text("raise SystemExit('no encoder today')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "find_benchmarks", lambda: scripts)
+    return tmp_path
+
+
+def test_what_is_done_is_not_repeated(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = bench.run_bench(Path("out"), "household")
+    assert (told["ran"], told["failed"], told["complete"]) == (["train_step"], ["encode"], False)
+    assert told["absent"] == ["train_stage", "generate", "load", "data"]
+    said = capsys.readouterr().err
+    assert "load: this checkout has no benchmarks/load.py; left out" in said
+    assert "encode: failed with exit status 1: no encoder today" in said
+    assert "benchmarks: 6/6" in said
+    (checkout / "benchmarks" / "encode.py").write_text(SCRIPT.format(json.dumps({"speedup": 1.6})))
+    told = bench.run_bench(Path("out"), "household")
+    assert told["ran"] == ["train_step", "encode"]
+    assert told["complete"]
+    assert [Path(line).stem for line in Path("ran").read_text().split()] == ["train_step", "encode"]
+    written = json.loads(Path("out/bench.json").read_text())
+    assert written["benchmarks"]["train_step"]["speedup"] == 3.0
+    assert written["benchmarks"]["train_step"]["command"] == [
+        "python",
+        "benchmarks/train_step.py",
+        "--size",
+        "household",
+    ]
+    assert Path("out/performance.png").stat().st_size > 5000
+    with pytest.raises(ConfigError, match=r"train_step.json is of size household, not tiny; name another --out"):
+        bench.run_bench(Path("out"), "tiny", ["train_step"])
+
+
+def test_the_command_checks_targets(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "--only", "train_step", "--check", "--out", "out"])
+    output = capsys.readouterr()
+    told = json.loads(output.out)
+    assert end.value.code == 1
+    if told["missed"] != []:  # a machine with a GPU has no targets at this size
+        assert told["missed"] == ["train_step.speedup"]
+        assert "MISSED train_step: steps per second, times the published procedure's: 3, to be at least 4" in output.err
+        assert "met    train_step: peak memory, of the published procedure's: 0.45, to be at most 0.5" in output.err
+
+
+def test_targets_by_hand() -> None:
+    measured = {"train_stage": {"peak_memory_gib": 24.1}, "train_stage_compiled": {"share_of_peak": 0.5}}
+    found = verdicts(measured, "paper", "cuda", set(measured))
+    assert [(v.target.key, v.measured, v.met) for v in found] == [
+        ("share_of_peak", 0.5, True),
+        ("seconds_for_10000_steps", None, False),
+        ("peak_memory_gib", 24.1, False),
+    ]
+    assert "not measured, to be at most 300" in found[1].line()
+    assert verdicts({}, "tiny", "cpu", set(NAMES)) == []
+    started = verdicts({"load": {"ours": {"caption": {"seconds": 14.0}}}}, "household", "cpu", {"load", "data"})
+    assert [(v.target.key, v.measured, v.met) for v in started] == [("ours.caption.seconds", 14.0, True)]
+    assert {target.benchmark for target in TARGETS} <= set(NAMES)
+    sizes = {benchmark.name: benchmark.sizes for benchmark in BENCHMARKS}
+    assert all(target.size in sizes[target.benchmark] for target in TARGETS)
+
+
+def test_ratios_and_their_spread() -> None:
+    rates = {"speedup": 4.0, "ours": {"quartiles": [30.0, 50.0]}, "published": {"quartiles": [8.0, 12.0]}}
+    plain = {"speedup_grouping": 2.0, "speedup_grouping_quartiles": [1.5, 2.5], "other": 7, "device": "x"}
+    assert ratios({"train_step": RESULT, "encode": rates, "data": plain}) == [
+        Ratio("train_step: speedup", 3.0, 2.5, 6.0, True),
+        Ratio("train_step: memory ratio", 0.45, 0.45, 0.45, False),
+        Ratio("encode: speedup", 4.0, 2.5, 6.25, True),
+        Ratio("data: speedup grouping", 2.0, 1.5, 2.5, True),
+    ]
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    assert not draw([], [], tmp_path / "figure.png", "nothing")
+    assert not (tmp_path / "figure.png").exists()
+
+
+def test_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: Any = tmp_path / "lib" / "site-packages" / "pointalign" / "bench" / "run.py"
+    monkeypatch.setattr(bench, "__file__", str(installed))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PointAlignError, match="not part of the installed package: run `pointalign bench` in the root"):
+        bench.run_bench(tmp_path / "out", "tiny")
+    with pytest.raises(ConfigError, match="unknown benchmark speed; known are train_step, train_stage"):
+        bench.run_bench(tmp_path / "out", "tiny", ["speed"])
