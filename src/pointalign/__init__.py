@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from pointalign.pipelines import pipeline
 
 __version__ = "0.1.0"
+
+# peft imports bitsandbytes wherever it is installed, which then warns of a kernel that nobody needs.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _HOMES = {
     "AlignmentProjector": "pointalign.alignment",
