@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_step import device_name, prepare
-from true_size import StepClock, peak_memory
+from measuring import device_name, peak_memory, quartiles, synchronize
+from train_step import prepare
+from true_size import StepClock
 
 from pointalign.config import Recipe
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
@@ -49,8 +50,7 @@ def matmul_peak(tokens: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dty
         for _ in range(REPEATS):
             start = time.perf_counter()
             left @ right.t()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            synchronize()
             taken.append(time.perf_counter() - start)
         best = max(best, 2 * tokens * out * width / statistics.median(taken))
     return best
@@ -157,7 +157,7 @@ def told(
         "tokens_per_step": round(statistics.mean(work.tokens[2:])),
         "seconds_per_step": round(statistics.median(seconds), 4),
         "tokens_per_second": round(statistics.median(rates), 1),
-        "quartiles": [round(value, 1) for value in statistics.quantiles(rates, n=4)[::2]],
+        "quartiles": quartiles(rates, 1),
         "matmul_peak_gflops": round(peak / 1e9, 1),
         "share_of_peak": round(statistics.median(reached) / peak, 3),
         "seconds_for_10000_steps": round(1e4 * statistics.mean(seconds)),

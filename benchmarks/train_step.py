@@ -19,9 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measuring import PROCEDURES, Worker, device_name, own_output, peak_memory, quartiles, synchronize
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from true_size import build, write_data
@@ -46,18 +45,12 @@ from pointalign.run_loop import uses_bf16
 from pointalign.runs import PreparedClouds, build_model, cast_frozen, quiet, train_language
 from pointalign.training import learning_rate_at, mixture, parameter_groups
 
-PROCEDURES = ("ours", "published")
 # How far apart, relatively, each loss may be at the first step, and its mean over all steps. bfloat16 has eight bits: the
 # published procedure in bfloat16 is itself up to 0.4 % from float32 at the first step and 1.5 % in single ones of the first
 # eight, for rounding turns some signs of small gradients, and AdamW's first steps move every weight by the learning rate
 # whatever its gradient (docs/LOG.md, 2026-11-25). In float32 it is rounding alone.
 TOLERANCE = {"bf16": (0.005, 0.02), "fp32": (2e-5, 5e-4)}
 WARM_UP = 2
-
-
-def device_name() -> str:
-    """Where it runs."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def prepare(size: str, folder: Path, steps: int, fp32: bool) -> tuple[Recipe, Any, Any]:
@@ -106,8 +99,7 @@ class Gate:
 
     def step(self, *arguments: Any) -> None:
         """Called by torch."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         self.say(seconds=time.perf_counter() - self.start, cpu=time.process_time() - self.busy)
         sys.stdin.readline()
         self.start, self.busy = time.perf_counter(), time.process_time()
@@ -181,8 +173,7 @@ def published_losses(model: Any, projector: Any, batch: dict[str, Tensor], layer
 
 def work(options: argparse.Namespace) -> None:
     """One procedure in this process, a step for every line on stdin."""
-    told = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    told = own_output()
     quiet()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -200,40 +191,7 @@ def work(options: argparse.Namespace) -> None:
             model.to(device_name())
             losses = train_published(recipe, folder, model, processor, bf16)
         gate.hook.remove()
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if torch.cuda.is_available():
-            memory = torch.cuda.max_memory_allocated()
-        gate.say(losses=losses, peak=memory, precision=recipe.precision, **environment(recipe))
-
-
-class Worker:
-    """A process that runs one procedure."""
-
-    def __init__(self, procedure: str, arguments: Sequence[str]) -> None:
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process writes into it)
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *arguments, "--worker", procedure],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
-        self.procedure = procedure
-        self.seconds: list[float] = []
-        self.busy: list[float] = []
-
-    def hear(self) -> dict[str, Any]:
-        """Its next line."""
-        line = self.process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
-        if not line:
-            self.errors.seek(0)
-            raise SystemExit(f"the {self.procedure} procedure ended early:\n{self.errors.read()[-4000:]}")
-        return json.loads(line)
-
-    def go(self) -> None:
-        """Let it take a step."""
-        self.process.stdin.write("\n")  # pyright: ignore[reportOptionalMemberAccess]
-        self.process.stdin.flush()  # pyright: ignore[reportOptionalMemberAccess]
+        gate.say(losses=losses, peak=peak_memory(device_name()), precision=recipe.precision, **environment(recipe))
 
 
 def losses_apart(
@@ -259,7 +217,7 @@ def losses_apart(
 def compare(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """Run the procedures in turn; medians, memory, and how far their losses are apart."""
     names = PROCEDURES if options.procedure == "both" else (options.procedure,)
-    workers = [Worker(name, arguments) for name in names]
+    workers = [Worker(__file__, name, arguments) for name in names]
     for worker in workers:
         worker.hear()  # the first step, which also prepares
     for step in range(1, options.steps + WARM_UP):
@@ -278,7 +236,7 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
     for worker, end in zip(workers, ends, strict=True):
         result[worker.procedure] = {
             "seconds_per_step": round(statistics.median(worker.seconds), 4),
-            "quartiles": [round(value, 4) for value in statistics.quantiles(worker.seconds, n=4)[::2]],
+            "quartiles": quartiles(worker.seconds),
             "peak_megabytes": round(end["peak"] / 2**20),
             "cpu_seconds_per_step": round(statistics.median(worker.busy), 4),
             "last_losses": end["losses"][-1],

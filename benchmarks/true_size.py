@@ -14,7 +14,6 @@ import gc
 import json
 import os
 import random
-import resource
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import peak_memory
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedTokenizerFast
@@ -205,13 +205,6 @@ def build(recipe: Recipe, num_points: int, tiny: bool, device: str) -> tuple[Any
     if device == "cuda":
         torch.cuda.empty_cache()
     return model, processor
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: allocated on the GPU since the count was reset, or resident in this process ever."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from benchmarking import run_benchmark
 
-
-def run(name: str, *arguments: str) -> dict[str, Any]:
-    """The last line of a benchmark at a tiny size."""
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / name), "--size", "tiny", "--precision", "fp32", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+FLOAT32 = ("--precision", "fp32")
 
 
 def test_a_step_of_both_procedures() -> None:
-    told = run("train_step.py", "--steps", "2", "--published-precision", "fp32")
+    told = run_benchmark("train_step.py", *FLOAT32, "--steps", "2", "--published-precision", "fp32")
     assert told["first_losses_apart"] <= 2e-5
     assert told["mean_losses_apart"] <= 5e-4
     for procedure in ("ours", "published"):
@@ -42,7 +26,7 @@ def test_a_step_of_both_procedures() -> None:
 
 def test_a_stretch_of_the_stage() -> None:
     four_bits = ["--quantize", "nf4"] if importlib.util.find_spec("bitsandbytes") else []
-    told = run("train_stage.py", "--steps", "5", *four_bits, "--times", "2", "--forbid-waiting")
+    told = run_benchmark("train_stage.py", *FLOAT32, "--steps", "5", *four_bits, "--times", "2", "--forbid-waiting")
     assert told["packing"]
     assert (told["quantize"], told["times"]) == ("nf4" if four_bits else None, 2)
     assert told["tokens_per_second"] > 0

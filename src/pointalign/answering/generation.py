@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pointalign.answering.refill import can_refill, refilled_ids
 from pointalign.errors import DataError
 from pointalign.options import Decoding
 
@@ -27,25 +28,32 @@ class Generated(NamedTuple):
 
 
 @torch.inference_mode()
-def generate_from(model: Any, processor: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> list[Generated]:
-    """Answer a batch of prompts.
+def generate_from(
+    model: Any, processor: Any, inputs: Mapping[str, Any], options: Mapping[str, Any], rows: int | None = None
+) -> list[Generated]:
+    """Answer prompts; several greedy ones make room for one another as they end, where the model allows.
 
     Args:
         model: a `PointAlignForConditionalGeneration` in evaluation mode.
         processor: its processor.
         inputs: left-padded, as the processor gives them; they are moved to the model's device.
         options: arguments of `generate`.
+        rows: prompts answered at a time, where `can_refill` holds; all of them when None.
 
     Returns:
         One answer per prompt, in order.
     """
     device = model.get_input_embeddings().weight.device
     moved = {name: tensor.to(device) for name, tensor in inputs.items()}
-    ids = model.generate(**moved, **options)[:, moved["input_ids"].shape[1] :]
-    texts = processor.batch_decode(ids, skip_special_tokens=True)
     ends = end_symbols(model, processor) if "eos_token_id" not in options else set()
+    count, length = moved["input_ids"].shape
+    if count > 1 and can_refill(model, options):
+        ids = refilled_ids(model, moved, rows or count, options["max_new_tokens"], ends)
+    else:
+        ids = model.generate(**moved, **options)[:, length:].tolist()
+    texts = processor.batch_decode(ids, skip_special_tokens=True)
     found = []
-    for text, row in zip(texts, ids.tolist(), strict=True):
+    for text, row in zip(texts, ids, strict=True):
         ended = next((index for index, token in enumerate(row) if token in ends), None)
         tokens = len(row) if ended is None else ended + 1
         found.append(Generated(text.strip(), tokens, ended is None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,37 @@ from typing import Any
 import torch
 
 from pointalign.answering.generation import Generated, generate_from
+from pointalign.answering.refill import can_refill
 from pointalign.data.sources import read_clouds
 from pointalign.errors import DataError
 from pointalign.evaluation.benchmarks import Benchmark, Question
 from pointalign.evaluation.ledger import Ledger
 from pointalign.evaluation.records import Answer, AnswersFile
 
+# Batches whose answers make room for one another as they end; more of them fill the last rows better, and lose more to a kill.
+BATCHES_TOGETHER = 4
+
+
+def objects_together(
+    model: Any, benchmark: Benchmark, ledger: Ledger, batch_size: int, generation: Mapping[str, Any]
+) -> int:
+    """How many objects are answered in one go, `batch_size` rows at a time, so that each process has its share.
+
+    Args:
+        model: in evaluation mode.
+        benchmark: the objects.
+        ledger: keeps the answers.
+        batch_size: clouds at a time.
+        generation: arguments of `generate`.
+    """
+    if not can_refill(model, generation):
+        return batch_size
+    batches = math.ceil(len(benchmark.items) / (batch_size * ledger.processes.world))
+    return batch_size * max(1, min(BATCHES_TOGETHER, batches))
+
 
 def generate_batch(
-    model: Any, processor: Any, clouds: Sequence[Any], question: str, **generation: Any
+    model: Any, processor: Any, clouds: Sequence[Any], question: str, rows: int | None = None, **generation: Any
 ) -> list[Generated]:
     """Ask one question about each cloud of a batch.
 
@@ -26,6 +49,7 @@ def generate_batch(
         processor: its processor.
         clouds: (N, 3) or (N, 6) each.
         question: the same for all.
+        rows: answers written at a time, see `generate_from`.
         generation: arguments of `generate`; greedy, and stopped at the end of the turn, by default.
 
     Raises:
@@ -33,7 +57,7 @@ def generate_batch(
     """
     messages = [{"role": "user", "content": [{"type": "point_cloud"}, {"type": "text", "text": question}]}]
     inputs = processor.apply_chat_template([messages] * len(clouds), points=list(clouds))
-    return generate_from(model, processor, inputs, {"do_sample": False, **generation})
+    return generate_from(model, processor, inputs, {"do_sample": False, **generation}, rows)
 
 
 def generate_answers(
@@ -100,10 +124,11 @@ def answer_question(
         with torch.random.fork_rng(enabled=generation["do_sample"]):
             if generation["do_sample"]:
                 torch.manual_seed(seed + number)
-            said = generate_batch(model, processor, clouds, question.text, **generation)
+            said = generate_batch(model, processor, clouds, question.text, batch_size, **generation)
         return [{"model_output": text, "tokens": tokens, "truncated": cut} for text, tokens, cut in said]
 
-    ledger.fill([item.object_id for item in benchmark.items], batch_size, compute, advance)
+    together = objects_together(model, benchmark, ledger, batch_size, generation)
+    ledger.fill([item.object_id for item in benchmark.items], together, compute, advance)
 
 
 def collect_answers(benchmark: Benchmark, question: Question, ledger: Ledger, path: Path) -> AnswersFile:

@@ -10,7 +10,7 @@ import torch
 
 from pointalign.answering.loading import load_answerer
 from pointalign.errors import ConfigError
-from pointalign.evaluation.answers import answer_question, collect_answers
+from pointalign.evaluation.answers import answer_question, collect_answers, objects_together
 from pointalign.evaluation.benchmarks import Benchmark, Question
 from pointalign.evaluation.judges import CLASS_END, CLASS_STEM, LikelihoodJudge, score_question, scoring_batch
 from pointalign.evaluation.ledger import Ledger
@@ -163,7 +163,8 @@ class RawAnswers:
         generation, batch = self.settings.generation(benchmark), self.settings.batch(benchmark)
         for question in benchmark.questions:
             ledger = self.answers[question.key]
-            total = ledger.share(len(benchmark.items), batch)
+            together = objects_together(model, benchmark, ledger, batch, generation)
+            total = ledger.share(len(benchmark.items), together)
             with progress(f"{benchmark.name}: answers ({question.key})", total) as advance:
                 seed = self.settings.seed
                 answer_question(model, processor, benchmark, question, ledger, batch, seed, generation, advance)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from pointalign.errors import DataError
 
@@ -36,6 +35,8 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """
     if not n:
         raise DataError("there is nothing to average; evaluate at least one object")
+    from scipy import stats  # half a second that answering without judging does not need
+
     interval = stats.binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -142,6 +143,8 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     Source: McNemar 1947, with the binomial distribution instead of chi-squared.
     """
     disagreements = only_first + only_second
+    from scipy import stats
+
     return float(stats.binomtest(only_first, disagreements, 0.5).pvalue) if disagreements else 1.0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -27,6 +27,11 @@ ASSETS = Path(__file__).parent.parent / "assets"
 # The models that come with the package; the first is used where none is named.
 BUNDLED_MODELS = ("household-135m", "household-135m-pretrain")
 MODEL_VARIABLE = "POINTALIGN_MODEL"
+
+
+def is_adapted(module: Any) -> bool:
+    """Whether a module is peft's wrapper around another; told without importing peft, which takes seconds."""
+    return isinstance(module, getattr(sys.modules.get("peft"), "PeftModel", ()))
 
 
 def adapter_folder(part: str) -> str:
@@ -63,7 +68,7 @@ def save_own_weights(model: Any, folder: Path, self_contained: bool, save: Calla
         model.config.language_model = reference
     for part in ADAPTED_PARTS:
         module = _part(model, part)
-        if isinstance(module, PeftModel):
+        if is_adapted(module):
             module.save_pretrained(str(folder / adapter_folder(part)))
 
 
@@ -247,6 +252,8 @@ def attach_adapter(model: nn.Module, part: str, path: Path, is_trainable: bool) 
     Raises:
         CheckpointError: when the adapter is truncated or does not fit.
     """
+    from peft import PeftModel
+
     try:
         adapted = PeftModel.from_pretrained(_part(model, part), str(path), is_trainable=is_trainable)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
@@ -261,7 +268,7 @@ def merge_adapters(model: Any) -> bool:
     A quantised language model keeps its own: folded in, it would be rounded to a few bits.
     """
     parts = ADAPTED_PARTS if model.config.quantize is None else ADAPTED_PARTS[1:]
-    adapted = [part for part in parts if isinstance(_part(model, part), PeftModel)]
+    adapted = [part for part in parts if is_adapted(_part(model, part))]
     for part in adapted:
         parent, _, attribute = part.rpartition(".")
         setattr(_part(model, parent) if parent else model, attribute, _part(model, part).merge_and_unload())

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,7 +22,7 @@ from transformers.utils.generic import ModelOutput
 
 import pointalign.models.phi  # noqa: F401  (a saved model may hold the variant, which transformers must know)
 from pointalign.errors import DataError
-from pointalign.models.checkpoint import load_own_weights, merge_adapters, save_own_weights
+from pointalign.models.checkpoint import is_adapted, load_own_weights, merge_adapters, save_own_weights
 from pointalign.models.connector import ConnectorConfig, QFormerConnector, build_connector, rest_frozen
 from pointalign.models.losses import IGNORED, summed_cross_entropy
 from pointalign.models.point_encoder import PointEncoder, PointEncoderConfig
@@ -165,7 +164,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> Any:
         """The language model's stack of decoder blocks, without the head."""
         model = self.language_model
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        base: Any = model.get_base_model() if is_adapted(model) else model
         return base.get_decoder()
 
     def train(self, mode: bool = True) -> PointAlignForConditionalGeneration:
@@ -290,6 +289,9 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds = self.get_input_embeddings()(input_ids)
             else:
                 inputs_embeds = self.embed_inputs(input_ids, point_tokens, point_positions)
+        if isinstance(logits_to_keep, int) and logits_to_keep:
+            # A slice would not lie in one piece, and a CPU would copy the whole head to multiply it.
+            logits_to_keep = torch.arange(-min(logits_to_keep, inputs_embeds.shape[1]), 0, device=inputs_embeds.device)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -315,8 +317,6 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if isinstance(kept, Tensor):
             shifted = shifted[:, kept]
-        elif kept:
-            shifted = shifted[:, -kept:]
         shifted = shifted.flatten().to(logits.device)
         count = (shifted != IGNORED).sum() if num_items is None else num_items
         return summed_cross_entropy(logits.flatten(0, 1), shifted) / count

@@ -1,0 +1,24 @@
+"""How the tests run the scripts in benchmarks/: at a tiny size, on one thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def run_benchmark(name: str, *arguments: str) -> dict[str, Any]:
+    """The last line of a benchmark at a tiny size."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / name), "--size", "tiny", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
