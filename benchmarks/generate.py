@@ -38,12 +38,12 @@ from train_step import prepare
 
 from pointalign.answering.answerer import Answerer
 from pointalign.answering.generation import end_symbols, generate_from
-from pointalign.answering.loading import load_answerer, resolve_model
+from pointalign.answering.loading import load_answerer
 from pointalign.answering.refill import can_refill, refilled_ids
 from pointalign.config import Recipe
 from pointalign.data.household import load_household
 from pointalign.device import native_bf16
-from pointalign.errors import ConfigError
+from pointalign.errors import CheckpointError
 from pointalign.evaluation.benchmarks import CAPTION
 from pointalign.options import Decoding
 from pointalign.released import RELEASED_GENERATION
@@ -83,8 +83,8 @@ def household_model(name: str | None, bf16: bool) -> Answerer:
     """The model named, the default one, or where there is none an untrained one around SmolLM2."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     try:
-        return load_answerer(resolve_model(name), device_name(), dtype)
-    except ConfigError:
+        return load_answerer(name, device_name(), dtype)
+    except CheckpointError:
         if name is not None:
             raise
     with tempfile.TemporaryDirectory() as temporary:

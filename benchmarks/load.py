@@ -96,13 +96,15 @@ def parts(arguments: Sequence[str]) -> dict[str, Any]:
 
 def find_model(size: str, name: str | None, folder: Path) -> str:
     """The model named, the default one, or one that is made and saved for this."""
-    from pointalign.answering.loading import resolve_model
-    from pointalign.errors import ConfigError
+    from pointalign.errors import CheckpointError
+    from pointalign.models.checkpoint import local_checkpoint, resolve_model
 
     if size == "household":
+        found = resolve_model(name)
         try:
-            return resolve_model(name)
-        except ConfigError:
+            local_checkpoint(found)
+            return found
+        except CheckpointError:
             if name is not None:
                 raise
     from train_step import prepare

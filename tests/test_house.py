@@ -236,7 +236,7 @@ def test_no_link_leaves_the_repository(tracked):
 
 
 def run_python(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     return done.stdout.split()
 
 
@@ -253,6 +253,13 @@ def test_importing_is_quick_and_leaves_torch_alone():
         if min(times) < 0.5:
             break
     assert min(times) < 0.5
+
+
+def test_answering_leaves_alone_what_only_adapters_and_judges_need():
+    code = "import pointalign.answering.files, pointalign.answering.jobs, sys; print(*sys.modules)"
+    loaded = set(run_python(code))
+    assert "transformers" in loaded
+    assert not loaded & {"peft", "scipy.stats", "trimesh", "sklearn", "sentence_transformers", "gradio", "matplotlib"}
 
 
 def test_the_public_names_are_there():

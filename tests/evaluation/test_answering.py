@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from pointalign.errors import DataError
 from pointalign.evaluation import judges
-from pointalign.evaluation.answers import generate_answers, generate_batch
+from pointalign.evaluation.answers import generate_answers, generate_batch, objects_together
 from pointalign.evaluation.judges import LikelihoodJudge, label_log_likelihoods
 from pointalign.evaluation.records import Answer, Task
 
@@ -91,3 +92,13 @@ def test_answers_in_batches_equal_answers_one_by_one(model: Any, processor: Any)
 def test_an_answer_that_reaches_the_longest_length_is_truncated(model: Any, processor: Any) -> None:
     said = generate_batch(model, processor, clouds(2), "What is this?", max_new_tokens=5)
     assert [(one.tokens, one.truncated) for one in said] == [(5, True)] * 2
+
+
+def test_pieces_are_the_same_for_any_number_of_processes_and_never_too_few(model: Any) -> None:
+    greedy = {"do_sample": False, "max_new_tokens": 5}
+
+    def together(objects: int, batch: int, **generation: Any) -> int:
+        return objects_together(model, SimpleNamespace(items=range(objects)), batch, {**greedy, **generation})  # pyright: ignore[reportArgumentType]
+
+    assert [together(count, 15) for count in (10, 200, 360, 2468)] == [15, 15, 45, 60]
+    assert together(2468, 15, num_beams=2) == 15

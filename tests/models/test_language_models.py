@@ -217,3 +217,9 @@ def test_a_saved_model_gives_the_same_logits(trained: Any, tmp_path: Path, self_
     merged = PointAlignForConditionalGeneration.from_pretrained(folder / "model")
     merged.merge_adapters()
     torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-3, atol=1e-4)
+    at_once = PointAlignForConditionalGeneration.from_pretrained(folder / "model", merged=True)
+    assert at_once.config.language_model is None
+    weights = dict(merged.named_parameters())
+    assert {name: torch.equal(weights[name], w) for name, w in at_once.named_parameters()} == dict.fromkeys(
+        weights, True
+    )

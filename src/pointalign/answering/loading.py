@@ -104,9 +104,8 @@ def load_answerer(
     folder = fetch_model(wanted)
     with quiet_transformers():
         processor = load_processor(str(folder))
-        loaded = PointAlignForConditionalGeneration.from_pretrained(folder)
-    language_model = loaded.config.language_model
-    loaded.merge_adapters()
+        loaded = PointAlignForConditionalGeneration.from_pretrained(folder, merged=True)
+    language_model = _read_config(folder).get("language_model")
     loaded.language_model.to(numbers)
     loaded.to(chosen)  # pyright: ignore[reportArgumentType]
     weights = list(loaded.parameters())

@@ -48,7 +48,7 @@ class _Rows:
         tokens: (rows, 1), the last token of each, which the cache does not hold yet.
     """
 
-    def __init__(self, numbers: list[int], cache: DynamicCache, mask: Tensor, tokens: Tensor) -> None:
+    def __init__(self, numbers: list[int], cache: Any, mask: Tensor, tokens: Tensor) -> None:
         self.numbers, self.cache, self.mask, self.tokens = numbers, cache, mask, tokens
 
     def keep(self, rows: list[int]) -> None:
@@ -92,7 +92,7 @@ class _Prompts:
         self.first_cloud = [sum(shown[:number]) for number in range(len(shown) + 1)]
         self.prefix = self._computed_prefix()
 
-    def _computed_prefix(self) -> DynamicCache | None:
+    def _computed_prefix(self) -> Any:
         """Keys and values of what all prompts begin with, up to the first point token."""
         shortest = min(map(len, self.ids))
         begin = torch.stack([ids[: shortest - 1] for ids in self.ids])
@@ -109,7 +109,7 @@ class _Prompts:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def begun(self, numbers: list[int]) -> tuple[DynamicCache, Tensor, Tensor]:
+    def begun(self, numbers: list[int]) -> tuple[Any, Tensor, Tensor]:
         """Cache and mask of the prompts' common beginning, and the embeddings of the rest, padded on the left.
 
         Args:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from trimesh.resolvers import ZipResolver
 
-from pointalign.data.files import mesh_parts, read_mesh, sample_mesh
+from pointalign.data.files.meshes import mesh_parts, read_mesh, sample_mesh
 from pointalign.data.household import LABELS_FILE, NUM_POINTS, XYZ_SCALE, LabelRow, read_labels
 from pointalign.data.household_catalog import (
     NOTICE_MARK,

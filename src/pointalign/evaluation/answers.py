@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,22 @@ from pointalign.evaluation.records import Answer, AnswersFile
 
 # Batches whose answers make room for one another as they end; more of them fill the last rows better, and lose more to a kill.
 BATCHES_TOGETHER = 4
+# So many pieces are left at least, for the processes of a large machine to share.
+FEWEST_PIECES = 8
 
 
-def objects_together(
-    model: Any, benchmark: Benchmark, ledger: Ledger, batch_size: int, generation: Mapping[str, Any]
-) -> int:
-    """How many objects are answered in one go, `batch_size` rows at a time, so that each process has its share.
+def objects_together(model: Any, benchmark: Benchmark, batch_size: int, generation: Mapping[str, Any]) -> int:
+    """How many objects are answered in one go, `batch_size` rows at a time; the same however many processes there are.
 
     Args:
         model: in evaluation mode.
         benchmark: the objects.
-        ledger: keeps the answers.
         batch_size: clouds at a time.
         generation: arguments of `generate`.
     """
     if not can_refill(model, generation):
         return batch_size
-    batches = math.ceil(len(benchmark.items) / (batch_size * ledger.processes.world))
-    return batch_size * max(1, min(BATCHES_TOGETHER, batches))
+    return batch_size * max(1, min(BATCHES_TOGETHER, len(benchmark.items) // (batch_size * FEWEST_PIECES)))
 
 
 def generate_batch(
@@ -127,7 +124,7 @@ def answer_question(
             said = generate_batch(model, processor, clouds, question.text, batch_size, **generation)
         return [{"model_output": text, "tokens": tokens, "truncated": cut} for text, tokens, cut in said]
 
-    together = objects_together(model, benchmark, ledger, batch_size, generation)
+    together = objects_together(model, benchmark, batch_size, generation)
     ledger.fill([item.object_id for item in benchmark.items], together, compute, advance)
 
 

@@ -163,7 +163,7 @@ class RawAnswers:
         generation, batch = self.settings.generation(benchmark), self.settings.batch(benchmark)
         for question in benchmark.questions:
             ledger = self.answers[question.key]
-            together = objects_together(model, benchmark, ledger, batch, generation)
+            together = objects_together(model, benchmark, batch, generation)
             total = ledger.share(len(benchmark.items), together)
             with progress(f"{benchmark.name}: answers ({question.key})", total) as advance:
                 seed = self.settings.seed

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from pointalign.errors import CheckpointError
+from pointalign.models.folding import fold_adapter
 from pointalign.models.language_model import load_language_model
 from pointalign.models.quantization import adopt, kept_whole, language_model_weights, quantization_config
 
@@ -194,7 +195,7 @@ def load_into(module: nn.Module, state: dict[str, Tensor], source: Path, ignore:
 
 
 def load_own_weights(
-    cls: Any, name: str, args: tuple, is_trainable: bool, load: Callable[..., Any], kwargs: dict[str, Any]
+    cls: Any, name: str, args: tuple, is_trainable: bool, merged: bool, load: Callable[..., Any], kwargs: dict[str, Any]
 ) -> Any:
     """Read what `save_own_weights` wrote; see `PointAlignForConditionalGeneration.from_pretrained`."""
     folder = find_checkpoint(name)
@@ -241,9 +242,27 @@ def load_own_weights(
             model.generation_config = GenerationConfig.from_pretrained(folder)
     for part in ADAPTED_PARTS:
         path = folder / adapter_folder(part)
-        if path.is_dir():
+        if path.is_dir() and not (merged and _folded(model, part, path)):
             attach_adapter(model, part, path, is_trainable)
+    if merged:
+        model.merge_adapters()
     return model.eval()
+
+
+def _folded(model: Any, part: str, path: Path) -> bool:
+    """Fold a saved LoRA into a part of the model; tells whether that could be done without peft."""
+    if part == "language_model" and model.config.quantize is not None:
+        return False  # see `merge_adapters`
+    try:
+        settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        state = load_file(path / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError):
+        return False  # peft says what is missing or broken
+    if not fold_adapter(_part(model, part), settings, state):
+        return False
+    if part == "language_model":
+        model.config.language_model = None
+    return True
 
 
 def attach_adapter(model: nn.Module, part: str, path: Path, is_trainable: bool) -> None:

@@ -289,6 +289,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds = self.get_input_embeddings()(input_ids)
             else:
                 inputs_embeds = self.embed_inputs(input_ids, point_tokens, point_positions)
+        assert inputs_embeds is not None
         if isinstance(logits_to_keep, int) and logits_to_keep:
             # A slice would not lie in one piece, and a CPU would copy the whole head to multiply it.
             logits_to_keep = torch.arange(-min(logits_to_keep, inputs_embeds.shape[1]), 0, device=inputs_embeds.device)
@@ -363,7 +364,12 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, is_trainable: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        is_trainable: bool = False,
+        merged: bool = False,
+        **kwargs: Any,
     ) -> PointAlignForConditionalGeneration:
         """Load a bundled model, or a folder or Hub repository that `save_pretrained` wrote.
 
@@ -371,6 +377,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pretrained_model_name_or_path: `household-135m`, a folder or a Hub id.
             args: passed to `PreTrainedModel.from_pretrained`.
             is_trainable: whether a LoRA adapter is loaded for further training.
+            merged: fold LoRA adapters into the weights, as `merge_adapters` does; without importing peft where it can be.
             kwargs: `quantize`, "nf4" or "int8", keeps the language model's matrices in 4 or 8 bits (as the checkpoint says
                 when not given); others are passed to `PreTrainedModel.from_pretrained` (dtype, device_map, ...), for a
                 checkpoint without the language model they go to the language model's loader.
@@ -379,5 +386,5 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             CheckpointError: when the folder or a file in it is missing, truncated or does not fit.
         """
         return load_own_weights(
-            cls, str(pretrained_model_name_or_path), args, is_trainable, super().from_pretrained, kwargs
+            cls, str(pretrained_model_name_or_path), args, is_trainable, merged, super().from_pretrained, kwargs
         )

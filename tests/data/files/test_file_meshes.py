@@ -13,7 +13,7 @@ from trimesh.resolvers import FilePathResolver
 from trimesh.visual import ColorVisuals
 
 from pointalign import PointCloud, load_point_cloud
-from pointalign.data.files import read_mesh, sample_mesh
+from pointalign.data.files.meshes import read_mesh, sample_mesh
 from pointalign.data.files.obj import parse_materials
 from pointalign.data.files.polygons import checked_faces, fans
 from pointalign.data.files.surface import CLAMP, MIRROR, REPEAT, UNCOLORED, Paint, Part, _wrapped, sample_surface

@@ -8,7 +8,6 @@ from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
-from trimesh.resolvers import Resolver
 
 from pointalign.data.files.source import MAX_MESH_BYTES, Source, readable, reason
 from pointalign.errors import DataError
@@ -18,11 +17,11 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TGA", "TIFF", "GIF")
 MAX_TEXTURE_PIXELS = 2**28
 
 
-class Companions(Resolver):
+class Companions:
     """Finds the files that a mesh names (materials, textures, buffers) in the mesh's own folder and nowhere else.
 
-    A name that leads out of the folder, as exporters write it from the author's disk, is looked for by its last word. What
-    is not found is noted, for trimesh goes on without it.
+    What trimesh asks of a resolver is here, though not its class. A name that leads out of the folder, as exporters write it
+    from the author's disk, is looked for by its last word. What is not found is noted, for trimesh goes on without it.
 
     Args:
         source: the mesh's file.
@@ -78,14 +77,6 @@ class Companions(Resolver):
         """Remember something to say, once."""
         if text not in self.notes:
             self.notes.append(text)
-
-    def write(self, name: str, data: object) -> None:
-        """Refused: reading a mesh writes nothing."""
-        raise NotImplementedError
-
-    def namespaced(self, namespace: str) -> Resolver:
-        """Refused: one folder is all there is."""
-        raise NotImplementedError
 
     def keys(self) -> list[str]:
         """Names of the files beside the mesh."""
