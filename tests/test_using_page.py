@@ -1,4 +1,4 @@
-"""docs/using.md: every example runs, on a tiny model, and gives what the page shows."""
+"""README.md and docs/using.md: every example runs and gives what the page shows; every command of all pages is understood."""
 
 from __future__ import annotations
 
@@ -8,19 +8,27 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pointalign.cli import main
+from pointalign.cli import _parse, main
+from pointalign.data.household import ASSETS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "using.md"
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-COMMANDS = [
-    (command, shown)
-    for block in re.findall(r"```console\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
-]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def console(page: Path) -> list[tuple[str, str]]:
+    """Commands of a page's console blocks, and what it shows of their standard output."""
+    return [
+        (command, shown)
+        for block in re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
+    ]
 
 
 @pytest.fixture
@@ -33,9 +41,10 @@ def checkout(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path
 
 
-def test_commands(checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(COMMANDS) == 6
-    for command, shown in COMMANDS:
+def check_commands(
+    commands: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command, shown in commands:
         typed, _, called = command.rpartition(" | ")
         if typed:
             said = shlex.split(typed)[1].replace("\\n", "\n")
@@ -47,6 +56,38 @@ def test_commands(checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         captured = capsys.readouterr()
         assert ended.value.code == 0, captured.err
         assert doctest.OutputChecker().check_output(shown, captured.out, FLAGS), f"{command}\n{captured.out}"
+
+
+def test_commands(checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = console(PAGE)
+    assert len(commands) == 6
+    check_commands(commands, monkeypatch, capsys)
+
+
+@pytest.mark.skipif(not (ASSETS / "household-135m").is_dir(), reason="this checkout lacks assets/household-135m")
+def test_the_quick_start_on_the_bundled_model(
+    checkout: Path, smollm2_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("POINTALIGN_MODEL")
+    monkeypatch.setenv("POINTALIGN_CACHE", str(smollm2_cache))
+    served: list[Any] = []
+    monkeypatch.setattr("pointalign.demo.serve", lambda *given: served.append(given))
+    commands = console(README)
+    assert [command.split("pointalign ")[1].split()[0] for command, _ in commands] == [
+        "caption", "classify", "chat", "render", "demo"
+    ]  # fmt: skip
+    check_commands(commands, monkeypatch, capsys)
+    assert len(served) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_command_is_understood(page: Path) -> None:
+    """Verbs and options exist; what stands for something of the reader's own, in capitals, may be anything."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in re.findall(r"^(?:\$ | {4})?(?:.*\| )?pointalign (.+)$", text, re.MULTILINE):
+        words = shlex.split(line.partition("  #")[0].partition(" # ")[0])
+        if words and re.fullmatch(r"[a-z-]+", words[0]) and "..." not in words:
+            _parse(words)
 
 
 def test_python(checkout: Path) -> None:

@@ -1,4 +1,4 @@
-"""The main job in one command: train, fine-tune twice with and without alignment, compare on unseen objects, report."""
+"""The main job in one command: fine-tune twice, with and without alignment, compare on unseen objects, report."""
 
 from __future__ import annotations
 
@@ -20,26 +20,24 @@ from pointalign.run_folder import RunFolder
 from pointalign.runs import train
 from pointalign.sentence_embedding import MINILM
 
+# The bundled model as it was before alignment.
+START = "household-135m-pretrain"
 ARMS = ("baseline", "aligned")
 CLASSIFIED = Path("household-classification", "likelihood", RESULTS_FILE)
 CAPTIONED = Path("household-captioning", "metrics", RESULTS_FILE)
 
 
-def quickstart_recipes(out: Path, fast: bool) -> dict[str, Recipe]:
-    """The quick start's four runs in order, each starting from what came before.
+def quickstart_recipes(fast: bool) -> dict[str, Recipe]:
+    """The quick start's two runs: the bundled model's last stage, with alignment and without it.
 
     Args:
-        out: the quick start's folder.
         fast: two steps each, on a tenth of the objects.
     """
-    encoder = load_recipe("household-encoder")
-    pretrain = load_recipe("household-pretrain")
-    pretrain.model.start_from = str(out / "encoder" / "model")
-    aligned = load_recipe("household-align")
-    aligned.model.start_from = str(out / "pretrain" / "model")
+    aligned = load_recipe("household-135m-align")
+    aligned.model.start_from = START
     aligned.name = "aligned"
     baseline = replace(aligned, name="baseline", alignment=replace(aligned.alignment, weight=0.0))
-    recipes = {"encoder": encoder, "pretrain": pretrain, "baseline": baseline, "aligned": aligned}
+    recipes = {"baseline": baseline, "aligned": aligned}
     if fast:
         for recipe in recipes.values():
             recipe.optimizer = replace(recipe.optimizer, max_steps=2, warmup_steps=1)
@@ -100,7 +98,7 @@ def run_quickstart(out: str | Path, fast: bool = False) -> dict[str, Any]:
         PointAlignError: for anything expected that goes wrong.
     """
     folder, start = Path(out), time.monotonic()
-    recipes = quickstart_recipes(folder, fast)
+    recipes = quickstart_recipes(fast)
     summaries = {}
     for name, recipe in recipes.items():
         summary_file = folder / name / "summary.json"

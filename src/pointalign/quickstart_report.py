@@ -143,10 +143,9 @@ def write_report(
     lines = [
         "# Quick start: one model fine-tuned twice, with and without alignment",
         "",
-        f"A point encoder and a connector were trained on 720 household objects and joined to "
-        f"`{recipes['pretrain'].model.language_model}`. From that one start the language model's LoRA was fine-tuned twice on "
-        f"the same batches with the same seed: **baseline** by next-token loss alone, **aligned** with PointAlign's loss "
-        f"(weight {alignment.weight:g}, hidden state {', '.join(map(str, alignment.layers))}) added.",
+        f"From one start, `{recipes['aligned'].model.start_from}` (the bundled model before alignment), the language model's "
+        f"LoRA was fine-tuned twice on the same batches with the same seed: **baseline** by next-token loss alone, **aligned** "
+        f"with PointAlign's loss (weight {alignment.weight:g}, hidden state {', '.join(map(str, alignment.layers))}) added.",
         "",
         "## What was trained",
         "",
