@@ -273,10 +273,13 @@ def attach_adapter(model: nn.Module, part: str, path: Path, is_trainable: bool) 
     """
     from peft import PeftModel
 
+    module = _part(model, part)
     try:
-        adapted = PeftModel.from_pretrained(_part(model, part), str(path), is_trainable=is_trainable)
+        adapted = PeftModel.from_pretrained(module, str(path), is_trainable=is_trainable)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"cannot load the adapter {path}: {str(error).splitlines()[0]}; copy it again") from error
+    # Of the name that others know the part by, peft would ask the Hub for its vocabulary whenever it is saved.
+    adapted.peft_config["default"].base_model_name_or_path = getattr(module, "name_or_path", None)
     parent, _, attribute = part.rpartition(".")
     setattr(_part(model, parent) if parent else model, attribute, adapted)
 
