@@ -45,11 +45,11 @@ from pointalign.run_loop import uses_bf16
 from pointalign.runs import PreparedClouds, build_model, cast_frozen, quiet, train_language
 from pointalign.training import learning_rate_at, mixture, parameter_groups
 
-# How far apart, relatively, each loss may be at the first step, and its mean over all steps. bfloat16 has eight bits: the
-# published procedure in bfloat16 is itself up to 0.4 % from float32 at the first step and 1.5 % in single ones of the first
-# eight, for rounding turns some signs of small gradients, and AdamW's first steps move every weight by the learning rate
-# whatever its gradient (docs/LOG.md, 2026-11-25). In float32 it is rounding alone.
-TOLERANCE = {"bf16": (0.005, 0.02), "fp32": (2e-5, 5e-4)}
+# How far apart, relatively, each loss may be at the first step, and its mean over all steps. bfloat16 has eight bits: single
+# losses of the same weights were up to 0.6 % from float32, those of the published procedure in bfloat16 up to 0.4 %, and at
+# the learning rate 5e-4 both up to 1.5 % within eight steps, for rounding turns signs of small gradients and AdamW's first
+# steps move each weight by the learning rate whatever its gradient (docs/LOG.md, 2026-11-25). In float32 it is rounding alone.
+TOLERANCE = {"bf16": (0.01, 0.02), "fp32": (2e-5, 5e-4)}
 WARM_UP = 2
 
 
@@ -182,6 +182,7 @@ def work(options: argparse.Namespace) -> None:
         recipe, model, processor = prepare(options.size, folder, options.steps + WARM_UP, not bf16)
         os.environ["POINTALIGN_CACHE"] = str(folder / "cache")
         recipe.precision, recipe.packing = "bf16" if bf16 else "fp32", options.packing
+        recipe.compile = options.compile
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         gate = Gate(told)
@@ -233,6 +234,7 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
         ends.append(worker.hear())
         worker.process.wait()
     result: dict[str, Any] = {"benchmark": "train_step", "size": options.size, "steps": options.steps}
+    result["compile"] = options.compile
     for worker, end in zip(workers, ends, strict=True):
         result[worker.procedure] = {
             "seconds_per_step": round(statistics.median(worker.seconds), 4),
@@ -272,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--packing", action=argparse.BooleanOptionalAction, help="of our path; the recipe's own if not given"
     )
+    parser.add_argument("--compile", action="store_true", help="our path's decoder blocks")
     parser.add_argument("--worker", choices=PROCEDURES, help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     if options.steps < 2:
