@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         run.open(recipe, resume=False)
         train_language(recipe, run, model, processor)
         seconds, memory = clock.stop()[1:], peak_memory(device_name())
+        busy = statistics.median(after - before for before, after in pairwise(clock.busy[1:]))
         peaks.append(matmul_peak(typical, work.shapes, dtype))
-        return told(options, recipe, bf16, work, seconds, max(peaks), memory)
+        timed = {"cpu_seconds_per_step": round(busy, 4), **told(options, recipe, bf16, work, seconds, max(peaks))}
+        return {**timed, "peak_memory_gib": round(memory / 2**30, 3)}
 
 
 def told(
@@ -139,7 +142,6 @@ def told(
     work: Work,
     seconds: Sequence[float],
     peak: float,
-    memory: int,
 ) -> dict[str, Any]:
     """The benchmark's result, from what was counted and timed of all steps but the first two."""
     around = environment(recipe)
@@ -161,7 +163,6 @@ def told(
         "matmul_peak_gflops": round(peak / 1e9, 1),
         "share_of_peak": round(statistics.median(reached) / peak, 3),
         "seconds_for_10000_steps": round(1e4 * statistics.mean(seconds)),
-        "peak_memory_gib": round(memory / 2**30, 3),
         "device": around["device"],
         "threads": around["threads"],
         "versions": around["versions"],
