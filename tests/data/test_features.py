@@ -1,12 +1,15 @@
 """The cache of the frozen half: written once, whole or not at all, and never read stale."""
 
+import pickle
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from pointalign.data import features
@@ -204,15 +207,18 @@ cache = features.FeatureCache(Path(sys.argv[1]), ids, {})
 Path(sys.argv[2]).touch()
 while len(list(Path(sys.argv[2]).parent.glob("ready-*"))) < 2:
     time.sleep(0.01)
+computed = []
 def compute(batch):
     time.sleep(0.005)
+    computed.extend(batch)
     return {"x": torch.tensor([[float(i.rpartition("-")[2])] * 1000 for i in batch])}
 cache.fill(compute, 1, lambda n: None)
 assert all(cache[i]["x"].eq(float(i.rpartition("-")[2])).all() for i in ids)
+Path(sys.argv[2]).write_text(" ".join(computed))
 """
 
 
-def test_two_processes_fill_the_same_cache(tmp_path):
+def test_two_processes_share_the_filling_of_a_cache(tmp_path):
     both = [
         subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path / "cache"), str(tmp_path / f"ready-{i}")])
         for i in range(2)
@@ -221,6 +227,9 @@ def test_two_processes_fill_the_same_cache(tmp_path):
     (folder,) = (tmp_path / "cache").iterdir()
     assert len(list(folder.iterdir())) == 20
     assert all(path.suffix == ".safetensors" for path in folder.iterdir())
+    shares = [(tmp_path / f"ready-{i}").read_text().split() for i in range(2)]
+    assert all(shares), "both are to work"
+    assert sorted(shares[0] + shares[1]) == sorted(f"object-{i}" for i in range(40)), "each object once"
 
 
 def test_a_killed_process_leaves_whole_shards_and_the_rest_is_filled(tmp_path, monkeypatch):
@@ -235,6 +244,8 @@ def test_a_killed_process_leaves_whole_shards_and_the_rest_is_filled(tmp_path, m
     monkeypatch.setattr(features, "SHARD_SIZE", 2)
     ids = [f"object-{i}" for i in range(40)]
     cache, computed = FeatureCache(tmp_path / "cache", ids, {}), []
+    number = len(written)
+    (cache.folder / f".0123456789ab-features-{number:05d}-of-00020.safetensors").write_bytes(b"half a shard")
 
     def compute(batch):
         computed.extend(batch)
@@ -244,3 +255,43 @@ def test_a_killed_process_leaves_whole_shards_and_the_rest_is_filled(tmp_path, m
     assert 0 < len(computed) <= 34
     for number, object_id in enumerate(ids):
         assert cache[object_id]["x"].eq(float(number)).all()
+    assert all(path.name.startswith("features-") for path in cache.folder.iterdir()), "nothing half done stays"
+
+
+def test_a_shard_that_another_process_computes_is_waited_for_at_the_end(tmp_path):
+    """It ends without being done, as one that is killed does; then the work is done here."""
+    cache = FeatureCache(tmp_path, IDS, {})
+    cache.folder.mkdir(parents=True)
+    other = FileLock(cache.folder / "features-00000-of-00003.lock")
+    other.acquire()
+    compute = Computed()
+
+    def computed(batch):
+        if IDS[8] in batch:
+            other.release()
+        return compute(batch)
+
+    cache.fill(computed, 4, lambda n: None)
+    assert compute.batches == [IDS[4:8], IDS[8:10], IDS[0:4]]
+    assert_right(cache)
+
+
+def test_a_cache_that_goes_to_another_process_leaves_its_open_files_here(tmp_path):
+    cache = FeatureCache(tmp_path, IDS, {})
+    fill(cache)
+    assert_right(cache)
+    taken = pickle.dumps(cache)
+    assert len(taken) < 2000
+    assert_right(pickle.loads(taken))
+
+
+def test_rows_are_read_from_the_mapped_file_and_belong_to_the_reader(tmp_path):
+    cache = FeatureCache(tmp_path, IDS, {})
+    fill(cache)
+    row = cache[IDS[1]]["point_tokens"]
+    assert row.untyped_storage().nbytes() == row.nbytes
+    row.zero_()
+    assert_right(cache)
+    mapped = Path("/proc/self/maps")
+    if mapped.is_file():
+        assert "features-00000-of-00003.safetensors" in mapped.read_text()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ class FeatureCache:
     """Tensors per object, kept in memory-mapped safetensors shards that are written whole or not at all.
 
     The folder's name is a hash of everything that the tensors depend on, so a stale cache cannot be read. A process that
-    is killed loses at most the shard it was writing; processes that fill the same cache write the same shards.
+    is killed loses at most the shard it was computing; processes that fill the same cache share its shards among them.
 
     Args:
         root: folder of all caches.
@@ -46,7 +48,12 @@ class FeatureCache:
         self._row = {object_id: row for row, object_id in enumerate(self.object_ids)}
         key = repr(sorted(depends_on.items())) + "\n" + "\n".join(self.object_ids)
         self.folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
-        self._open: dict[int, Any] = {}
+        self._open: dict[int, dict[str, Tensor]] = {}
+        self._checked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process maps the files anew."""
+        return {**self.__dict__, "_open": {}}
 
     def __contains__(self, object_id: object) -> bool:
         return object_id in self._row
@@ -67,7 +74,9 @@ class FeatureCache:
     def fill(
         self, compute: Callable[[list[str]], dict[str, Tensor]], batch_size: int, progress: Callable[[int], None]
     ) -> None:
-        """Compute what is missing, if the disk has room for it.
+        """Compute what is missing, if the disk has room for it, each shard in one process.
+
+        A shard that another process is computing is left to it; should that process end before it is done, this one does it.
 
         Args:
             compute: from a list of object ids to tensors with one row per object.
@@ -79,21 +88,55 @@ class FeatureCache:
         """
         shards = range(self.num_shards)
         missing = sum(len(self._members(shard)) for shard in shards if not self._path(shard).is_file())
-        checked = False
-        for shard in shards:
-            members = self._members(shard)
-            if self._path(shard).is_file():
-                progress(len(members))
-                continue
+
+        def tensors(members: list[str]) -> dict[str, Tensor]:
             rows: list[dict[str, Tensor]] = []
             for start in range(0, len(members), batch_size):
                 batch = members[start : start + batch_size]
                 rows.append({name: tensor.cpu() for name, tensor in compute(batch).items()})
-                if not checked:
+                if not self._checked:
                     self._check_room(sum(tensor[0].nbytes for tensor in rows[0].values()), missing)
-                    checked = True
+                    self._checked = True
                 progress(len(batch))
-            self._write(shard, {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]})
+            return {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
+
+        left = [shard for shard in shards if not self._fill_shard(shard, tensors, progress, wait=False)]
+        for shard in left:
+            self._fill_shard(shard, tensors, progress, wait=True)
+
+    def _fill_shard(
+        self,
+        shard: int,
+        tensors: Callable[[list[str]], dict[str, Tensor]],
+        progress: Callable[[int], None],
+        wait: bool,
+    ) -> bool:
+        """Have one shard on disk; False when another process is computing it and is not waited for."""
+        path, members = self._path(shard), self._members(shard)
+        if path.is_file():
+            progress(len(members))
+            return True
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0)
+            try:
+                lock.acquire()
+            except Timeout:
+                return False
+        try:
+            if path.is_file():
+                progress(len(members))
+                return True
+            for half in self.folder.glob(f".*-{path.name}"):  # of a process that was killed: the lock was its
+                half.unlink(missing_ok=True)
+            content = tensors(members)
+            with self._writing(), written_file(path) as temporary:
+                save_file(content, temporary)
+        finally:
+            # Whoever holds a lock file that is no longer there finds the shard, or does its work a second time.
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+        return True
 
     def _members(self, shard: int) -> list[str]:
         return self.object_ids[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
@@ -108,10 +151,10 @@ class FeatureCache:
                 "train with --no-cache-features (in a recipe `cache_features: false`)"
             )
 
-    def _write(self, shard: int, tensors: dict[str, Tensor]) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            with written_file(self._path(shard)) as temporary:
-                save_file(tensors, temporary)
+            yield
         except (OSError, SafetensorError) as error:
             raise DataError(
                 f"cannot write the feature cache {self.folder}: {error}; free some space or set POINTALIGN_CACHE"
@@ -128,8 +171,9 @@ class FeatureCache:
         shard, row = divmod(self._row[object_id], SHARD_SIZE)
         if shard not in self._open:
             try:
-                self._open[shard] = safe_open(self._path(shard), framework="pt")
+                opened = safe_open(self._path(shard), framework="pt")
+                self._open[shard] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             except (OSError, SafetensorError) as error:
                 raise DataError(f"{self._path(shard)} is broken ({error}); delete it and run again") from error
-        opened = self._open[shard]
-        return {name: opened.get_slice(name)[row] for name in opened.keys()}  # noqa: SIM118
+        # The shard's tensors are views of the mapped file; a row of one would carry all of it into another process.
+        return {name: tensor[row].clone() for name, tensor in self._open[shard].items()}
