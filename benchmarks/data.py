@@ -122,8 +122,12 @@ def open_published(folder: Path, processor: PointAlignProcessor) -> tuple[int, C
 
 def work(options: argparse.Namespace) -> None:
     """One procedure in this process: a round for every line on stdin; the data go round and round in a drawn order."""
-    told = own_output()
-    folder, processor = Path(options.folder), processor_of(options.size)
+    told, folder = own_output(), Path(options.folder)
+    if options.worker == "make":  # apart, so that the memory of those who read begins low
+        make_data(folder, options.size, options.objects)
+        print(json.dumps({}), file=told, flush=True)
+        return
+    processor = processor_of(options.size)
     before, start = peak_memory("cpu"), time.perf_counter()
     count, batch = (open_ours if options.worker == "ours" else open_published)(folder, processor)
     first = batch(range(BATCH))
@@ -149,8 +153,9 @@ def compare(options: argparse.Namespace, times: int) -> dict[str, Any]:
     names = PROCEDURES if options.procedure == "both" else (options.procedure,)
     result: dict[str, Any] = {"objects": OBJECTS * times, "samples": 4 * OBJECTS * times}
     with tempfile.TemporaryDirectory() as temporary:
-        make_data(Path(temporary), options.size, OBJECTS * times)
-        workers = [Worker(__file__, name, ["--size", options.size, "--folder", temporary]) for name in names]
+        given = ["--size", options.size, "--folder", temporary, "--objects", str(OBJECTS * times)]
+        Worker(__file__, "make", given).hear()
+        workers = [Worker(__file__, name, given) for name in names]
         opened = [worker.hear() for worker in workers]
         if len({told["digest"] for told in opened}) > 1:
             raise SystemExit("the procedures make other ids or labels of the same conversations")
@@ -191,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=list(SIZES), default="household")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="passes over the data")
     parser.add_argument("--growth", action="store_true", help="a table for 1, 4 and 16 times the data instead")
-    parser.add_argument("--worker", choices=PROCEDURES, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["make", *PROCEDURES], help=argparse.SUPPRESS)
+    parser.add_argument("--objects", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
