@@ -40,10 +40,11 @@ from pointalign.data.conversations import Collator, ConversationDataset
 from pointalign.data.sources import missing_color, open_training_data
 from pointalign.models.language_model import resolve_language_model
 from pointalign.parts import prepare_parts
+from pointalign.recipe_trainer import learning_rate_at, parameter_groups
 from pointalign.run_folder import RunFolder, environment
 from pointalign.run_loop import uses_bf16
 from pointalign.runs import PreparedClouds, build_model, cast_frozen, quiet, train_language
-from pointalign.training import learning_rate_at, mixture, parameter_groups
+from pointalign.training import mixture
 
 # How far apart, relatively, each loss may be at the first step, and its mean over all steps. bfloat16 has eight bits: single
 # losses of the same weights were up to 0.6 % from float32, those of the published procedure in bfloat16 up to 0.4 %, and at

@@ -19,7 +19,7 @@ SMALL = {"errors", "config", "progress", "device", "storage"}
 DATA = SMALL | {"geometry", "data"}
 BOTH = DATA | {"models", "sentence_embedding", "figures"}
 RUNS = {"run_folder", "run_loop", "runs", "contrastive", "sharding"}
-TRAINING = BOTH | {"alignment", "parts", "training", "released"} | RUNS
+TRAINING = BOTH | {"alignment", "parts", "recipe_trainer", "training", "released"} | RUNS
 MAY_IMPORT = {
     "errors": set(),
     "geometry": {"cpu_geometry", "errors", "kernels"},
@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "importers": BOTH | {"importers", "alignment"},  # published checkpoints hold an alignment projector too
     "parts": BOTH,
     "sharding": {"decoder_blocks", "progress"},
-    "training": BOTH | {"alignment", "decoder_blocks", "released", "sharding"},
+    "recipe_trainer": BOTH | {"sharding"},
+    "training": BOTH | {"alignment", "decoder_blocks", "recipe_trainer", "released"},
     "released": {"errors"},
     "contrastive": TRAINING,
     "run_folder": SMALL,

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from pointalign import training
+from pointalign import recipe_trainer
 from pointalign.config import Recipe, from_dict
 from pointalign.errors import ConfigError
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
@@ -106,8 +106,8 @@ def train_with(world: int, recipe: Recipe, out: Path) -> Path:
 def one_of(rank: int, world: int, port: int, errors: Any, recipe: Recipe, out: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    gathered, whole = [], training.whole
-    training.whole = lambda state: gathered.append(state) or whole(state)
+    gathered, whole = [], recipe_trainer.whole
+    recipe_trainer.whole = lambda state: gathered.append(state) or whole(state)
     try:
         train(recipe, out, resume=True)
         # Without this, a run that quietly was no FSDP run would pass for one.

@@ -24,13 +24,8 @@ from pointalign.parts import (
     select_parts,
     set_query_experts,
 )
-from pointalign.training import (
-    alignment_target,
-    build_regularizer,
-    learning_rate_at,
-    parameter_groups,
-    trained_state,
-)
+from pointalign.recipe_trainer import learning_rate_at, parameter_groups, trained_state
+from pointalign.training import alignment_target, build_regularizer
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from pointalign.models.point_clouds import normalize_sized
 from pointalign.models.point_encoder import PointEncoder
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import PointAlignProcessor
+from pointalign.recipe_trainer import RecipeTrainer
 from pointalign.run_folder import RunFolder
 from pointalign.run_loop import run_trainer
 from pointalign.sentence_embedding import embed_sentences
-from pointalign.training import RecipeTrainer
 
 TARGET_TEMPERATURE = 0.05
 TEMPLATE_SHARE = 0.15

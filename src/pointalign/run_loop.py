@@ -15,8 +15,8 @@ from pointalign.config import Recipe
 from pointalign.device import native_bf16
 from pointalign.errors import PointAlignError
 from pointalign.progress import progress
+from pointalign.recipe_trainer import RecipeTrainer
 from pointalign.run_folder import RunFolder
-from pointalign.training import RecipeTrainer
 
 
 class RunStopped(PointAlignError):

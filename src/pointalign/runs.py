@@ -32,12 +32,13 @@ from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditio
 from pointalign.models.processing import PointAlignProcessor, load_processor
 from pointalign.parts import prepare_parts
 from pointalign.progress import is_first_process, progress
+from pointalign.recipe_trainer import RecipeTrainer
 from pointalign.released import released_messages
 from pointalign.run_folder import RunFolder
 from pointalign.run_loop import run_trainer, uses_bf16
 from pointalign.sharding import gather_weights
 from pointalign.storage import cache_dir, written_folder
-from pointalign.training import RecipeTrainer, build_regularizer, build_trainer
+from pointalign.training import build_regularizer, build_trainer
 
 PROJECTOR_FILE = "alignment_projector.safetensors"
 ENCODE_BATCH = 16
