@@ -79,9 +79,11 @@ def test_every_input_has_one_line_and_bad_files_stop_nothing(folder: Path, capsy
 
 
 def test_batches_and_processes_caption_as_one_by_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one_by_one = run(capsys, "caption", "things", "--batch-size", "1", *SHORT)[1]
-    batched = run(capsys, "caption", "things", "--batch-size", "4", "--workers", "2", *SHORT)[1]
-    answerer = load_answerer()
+    # In bfloat16 a batch of another size rounds differently, which a model of random weights shows.
+    exact = (*SHORT, "--dtype", "float32")
+    one_by_one = run(capsys, "caption", "things", "--batch-size", "1", *exact)[1]
+    batched = run(capsys, "caption", "things", "--batch-size", "4", "--workers", "2", *exact)[1]
+    answerer = load_answerer(dtype="float32")
     direct = [
         answerer.ask(
             [answerer.prepare(np.load(f"things/{number}.npy"))], "Caption this 3D model in detail.", Decoding(7)
