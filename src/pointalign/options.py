@@ -110,13 +110,21 @@ class ManyFiles:
     batch_size: int = 16
     """Objects that the model answers at a time."""
     workers: int | None = None
-    """Processes that read files meanwhile; 0 for none, chosen by the number of files and cores when not given."""
+    """Processes that read files meanwhile; 0 for none, chosen by the number of files and cores when not given. With Ray, for
+    each of its workers; 1 when not given."""
+    engine: Literal["local", "ray"] = "local"
+    """`local` answers in this process; `ray` on a Ray cluster, the one that $RAY_ADDRESS names or one of this machine, with a
+    model in each worker."""
+    ray_workers: int | None = None
+    """Workers on Ray; one for each accelerator, else for each two cores, when not given."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"batch_size {self.batch_size} leaves no object; give 1 or more")
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"workers {self.workers} is less than none; give 0 or more")
+        if self.ray_workers is not None and (self.ray_workers < 1 or self.engine != "ray"):
+            raise ConfigError(f"ray_workers {self.ray_workers} goes with engine ray; give 1 or more, and --engine ray")
         if self.retry_errors and self.out in (None, "-"):
             raise ConfigError("retry_errors needs the file that an earlier run wrote; name it with --out")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from rich.console import RenderableType
 from torch import Tensor
 
 from pointalign.answering.answerer import Answerer
+from pointalign.answering.cluster import OnRay
 from pointalign.answering.inputs import Input, find_inputs
-from pointalign.answering.lines import LinesFile, Row, StandardOutput
+from pointalign.answering.lines import Answers, LinesFile, Row, StandardOutput
 from pointalign.answering.loading import fetch_model, load_answerer
 from pointalign.answering.reading import read_clouds, reading_processes
 from pointalign.errors import DataError
@@ -76,19 +78,22 @@ def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: R
         lines = LinesFile(Path(many.out), settings, many.retry_errors)
     with closing(lines):
         left = [thing for thing in inputs if thing.key not in lines.done]
-        run = _Run(job, reading, many, lines)
+        run = _Run(job, many, lines)
         run.counts.update("errors" if lines.done[i.key] else job.name for i in inputs if i.key in lines.done)
         earlier = len(inputs) - len(left)
         if earlier:
             say(f"{earlier} of {len(inputs)} objects are in {many.out} already")
-        answerer = load_answerer(name, choice.device, choice.dtype) if left else None
+        engine = None
+        if left and many.engine == "ray":
+            engine = OnRay(name, folder, job, choice, reading, many)
+        elif left:
+            engine = _Here(name, job, choice, reading, many)
         start = time.monotonic()
-        if answerer is not None:
-            job.check(answerer)
-            run.write(answerer, left)
+        if engine is not None:
+            run.write(engine, left)
         seconds = time.monotonic() - start
-    if run.uncolored:
-        filled = ", ".join(f"{value:g}" for value in answerer.processor.missing_color) if answerer else ""
+    if run.uncolored and engine is not None:
+        filled = ", ".join(f"{value:g}" for value in engine.processor.missing_color)
         say(f"{run.uncolored} objects have no colour: filled with ({filled}), as in the model's own data")
     if run.counts["errors"]:
         say(f"{run.counts['errors']} of {len(inputs)} objects have no answer; the lines with `error` say why")
@@ -101,20 +106,26 @@ class _Run:
     """One run: what is wanted, where lines go, and what was counted."""
 
     job: Job
-    reading: Reading
     many: ManyFiles
     lines: LinesFile | StandardOutput
     counts: Counter[str] = field(default_factory=Counter)
     uncolored: int = 0
     answered: int = 0
 
-    def write(self, answerer: Answerer, left: Sequence[Input]) -> None:
-        """Write a line for each object that is left."""
+    def write(self, engine: _Here | OnRay, left: Sequence[Input]) -> None:
+        """Write a line for each object that is left: errors at once, answers as they get ready."""
+        nothing = [{"path": thing.path, "error": thing.error} for thing in left if thing.error is not None]
         try:
-            with progress(self.job.name, len(left), self._note) as advance:
-                for rows in self._rows(answerer, left):
+            with (
+                progress(self.job.name, len(left), self._note) as advance,
+                closing(engine.batches([thing for thing in left if thing.error is None])) as batches,
+            ):
+                for rows, uncolored in chain([Answers(nothing)], batches):
                     self.lines.write(rows)
-                    self.counts.update("errors" if "error" in row else self.job.name for row in rows)
+                    kinds = ["errors" if "error" in row else self.job.name for row in rows]
+                    self.counts.update(kinds)
+                    self.answered += kinds.count(self.job.name)
+                    self.uncolored += uncolored
                     advance(len(rows))
         except KeyboardInterrupt:
             if isinstance(self.lines, LinesFile):
@@ -126,31 +137,38 @@ class _Run:
     def _note(self) -> str:
         return f"{self.counts['errors']} errors"
 
-    def _rows(self, answerer: Answerer, left: Sequence[Input]) -> Iterator[list[Row]]:
-        """Rows as they get ready: errors at once, answers batch by batch."""
-        if nothing := [{"path": thing.path, "error": thing.error} for thing in left if thing.error is not None]:
-            yield nothing
-        paths = [thing.path for thing in left if thing.error is None]
-        options = self.reading.options(answerer.processor.num_points)
+
+class _Here:
+    """Answers by a model in this process; arguments and errors as in `answer_files`."""
+
+    def __init__(self, name: str, job: Job, choice: ModelChoice, reading: Reading, many: ManyFiles) -> None:
+        self.job, self.reading, self.many = job, reading, many
+        self.answerer = load_answerer(name, choice.device, choice.dtype)
+        self.processor = self.answerer.processor
+        job.check(self.answerer)
+
+    def batches(self, left: Sequence[Input]) -> Generator[Answers, None, None]:
+        """Rows as they get ready, one for each input: errors of reading at once, answers batch by batch."""
+        paths = [thing.path for thing in left]
+        options = self.reading.options(self.processor.num_points)
         processes = reading_processes(len(paths), self.many.workers)
         batch: list[tuple[str, Tensor]] = []
-        number = 0
+        number = uncolored = 0
         with closing(read_clouds(paths, options, processes, BATCHES_AHEAD * self.many.batch_size)) as clouds:
             for path, cloud in clouds:
                 try:
                     if isinstance(cloud, DataError):
                         raise cloud
-                    batch.append((path, answerer.prepare(cloud)))
-                    self.uncolored += cloud.colors is None
+                    batch.append((path, self.answerer.prepare(cloud)))
+                    uncolored += cloud.colors is None
                 except DataError as error:
-                    yield [{"path": path, "error": str(error)}]
+                    yield Answers([{"path": path, "error": str(error)}])
                 if len(batch) == self.many.batch_size:
-                    yield self._answered(answerer, batch, number)
-                    batch, number = [], number + 1
+                    yield Answers(self._answered(batch, number), uncolored)
+                    batch, number, uncolored = [], number + 1, 0
         if batch:
-            yield self._answered(answerer, batch, number)
+            yield Answers(self._answered(batch, number), uncolored)
 
-    def _answered(self, answerer: Answerer, batch: Sequence[tuple[str, Tensor]], number: int) -> list[Row]:
-        rows = self.job.rows(answerer, [cloud for _, cloud in batch], number)
-        self.answered += len(rows)
+    def _answered(self, batch: Sequence[tuple[str, Tensor]], number: int) -> list[Row]:
+        rows = self.job.rows(self.answerer, [cloud for _, cloud in batch], number)
         return [{"path": path, **row} for (path, _), row in zip(batch, rows, strict=True)]

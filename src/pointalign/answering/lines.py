@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console, RenderableType
 
@@ -16,6 +16,18 @@ from pointalign.storage import taken_lock, write_text, written_file
 
 Row = dict[str, Any]
 PIECE = 2**16
+
+
+class Answers(NamedTuple):
+    """What came of some objects.
+
+    Args:
+        rows: with `path`, and what the job gives or an `error`.
+        uncolored: how many of the clouds had no colour.
+    """
+
+    rows: list[Row]
+    uncolored: int = 0
 
 
 def json_line(row: Row) -> bytes:
