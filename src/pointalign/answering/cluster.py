@@ -214,12 +214,11 @@ class OnRay:
     def _cluster(self) -> Iterator[tuple[int, float]]:
         """Join or start a cluster; gives the number of workers, and each one's share of an accelerator."""
         address = os.environ.get("RAY_ADDRESS")
-        # Nobody on the network has a part in a cluster of this machine alone.
-        alone = {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
-        cores = {"num_cpus": max(os.cpu_count() or 1, self.many.ray_workers or 1)}
+        cores = max(os.cpu_count() or 1, self.many.ray_workers or 1)
+        alone = {"address": "local", "include_dashboard": False, "num_cpus": cores}
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
-            self.ray.init(**({"address": address} if address else alone | cores), **quiet)
+            self.ray.init(**({"address": address} if address else alone), **quiet)
             context = self.ray.data.DataContext.get_current()
             context.enable_progress_bars = context.print_on_execution_start = False
             there = self.ray.cluster_resources()
