@@ -95,7 +95,7 @@ class Worker:
         return {"index": indices, "row": [json.dumps(row) for row in rows], "colored": list(colored)}
 
     def _answered(self, paths: Sequence[str], first: int) -> dict[int, tuple[Row, bool]]:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         begun: Any = ray.get(self.task.attempts.begin.remote(first))
         if begun > TRIES:
@@ -259,8 +259,8 @@ def _import_ray() -> Any:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingDependencyError('--engine ray needs Ray: pip install "pointalign[ray]"') from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
