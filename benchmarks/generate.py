@@ -74,6 +74,7 @@ def open_model(options: argparse.Namespace, bf16: bool) -> Made:
     with tempfile.TemporaryDirectory() as temporary:
         _, model, processor = prepare(options.size, Path(temporary), 2, not bf16)
     model.merge_adapters()
+    model.language_model.to(torch.bfloat16 if bf16 else torch.float32)  # LoRA and norms were in float32, to be trained
     answerer = Answerer(model.eval().to(device_name()), processor, options.size)
     clouds = torch.rand(options.objects, processor.num_points, 6, generator=generator)
     return Made(answerer, [answerer.prepare(cloud) for cloud in clouds])

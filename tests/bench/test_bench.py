@@ -92,7 +92,8 @@ def test_targets_by_hand() -> None:
 
 
 def test_ratios_and_their_spread() -> None:
-    rates = {"speedup": 4.0, "ours": {"quartiles": [30.0, 50.0]}, "published": {"quartiles": [8.0, 12.0]}}
+    ours = {"clouds_per_second": 40.0, "quartiles": [30.0, 50.0]}
+    rates = {"speedup": 4.0, "ours": ours, "published": {"quartiles": [8.0, 12.0]}}
     plain = {"speedup_grouping": 2.0, "speedup_grouping_quartiles": [1.5, 2.5], "other": 7, "device": "x"}
     assert ratios({"train_step": RESULT, "encode": rates, "data": plain}) == [
         Ratio("train_step: speedup", 3.0, 2.5, 6.0, True),

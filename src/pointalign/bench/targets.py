@@ -184,7 +184,6 @@ def _spread(result: Mapping[str, Any]) -> tuple[float, float]:
     if not all(isinstance(side, Mapping) and "quartiles" in side for side in sides):
         return result["speedup"], result["speedup"]
     ours, published = (side["quartiles"] for side in sides)
-    pairs = [published[0] / ours[1], published[1] / ours[0]]
-    if ours[0] > published[0] and result["speedup"] > 1:  # rates, not times
-        pairs = [ours[0] / published[1], ours[1] / published[0]]
-    return pairs[0], pairs[1]
+    if any(name.endswith("_per_second") for name in sides[0]):  # rates, not times
+        return ours[0] / published[1], ours[1] / published[0]
+    return published[0] / ours[1], published[1] / ours[0]
