@@ -71,6 +71,19 @@ def test_a_truncated_local_folder(model, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_gguf_file_is_parsed_once_while_it_is_converted(monkeypatch):
+    import gguf
+
+    parsed: list[str] = []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or object())
+    with module.read_once():
+        assert gguf.GGUFReader("a") is gguf.GGUFReader("a")
+        assert gguf.GGUFReader("b") is not gguf.GGUFReader("a")
+    assert parsed == ["a", "b"]
+    gguf.GGUFReader("a")
+    assert parsed == ["a", "b", "a"]
+
+
 # The real embedded model
 
 

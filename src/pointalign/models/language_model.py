@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -50,20 +53,34 @@ def installed_file(package: str, name: str) -> Path | None:
     return Path(spec.origin).parent / name if spec is not None and spec.origin is not None else None
 
 
+@contextmanager
+def read_once() -> Iterator[None]:
+    """While this lasts, transformers parses a GGUF file and makes its table of names once, and not at every look at them."""
+    import gguf
+
+    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(cache, own)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = own  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _convert(gguf: Path, target: Path) -> None:
     """Write a GGUF file's weights and tokenizer as plain safetensors and tokenizer.json, all or nothing."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     progress_bar_was_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with written_folder(target, replace=False) as temporary:
+        with written_folder(target, replace=False) as temporary, read_once():
             AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
             loaded = AutoModelForCausalLM.from_pretrained(**source)
             values = loaded.config.to_dict()
             kept = {k: v for k, v in values.items() if k not in ("quantization_config", "_model_name_or_path")}
             # A model loaded from GGUF saves nothing, so the same weights are put into an ordinary one.
-            plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(kept))
-            plain.load_state_dict(loaded.state_dict())
+            with torch.device("meta"):  # random weights take seconds
+                plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(kept))
+            plain.load_state_dict(loaded.state_dict(), assign=True)
             plain.generation_config = loaded.generation_config
             plain.save_pretrained(temporary)
     finally:
