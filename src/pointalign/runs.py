@@ -230,6 +230,8 @@ def quiet() -> None:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    # Nothing changes in place what the model gives back.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def check_start(recipe: Recipe) -> None:
