@@ -77,7 +77,7 @@ def test_the_experiments_are_sweeps() -> None:
     assert replace(released, name="", alignment=aligned.alignment) == replace(aligned, name="")
     assert main_question["frozen-language-model", 0].trains == ["language_projection"]
     _, grids = load_sweep(EXPERIMENTS / "alignment-grids.yaml")
-    assert {recipe.model.start_from for recipe in grids.values()} == {"runs/household-135m-pretrain/model"}
+    assert {recipe.model.start_from for recipe in grids.values()} == {"household-135m-pretrain"}
 
 
 @pytest.mark.parametrize(
