@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 SMALL = {"errors", "config", "progress", "device", "storage"}
 DATA = SMALL | {"geometry", "data"}
 BOTH = DATA | {"models", "sentence_embedding", "figures"}
-RUNS = {"run_folder", "run_loop", "runs", "contrastive", "sharding"}
+RUNS = {"run_folder", "run_loop", "runs", "contrastive", "sharding", "augmentation"}
 TRAINING = BOTH | {"alignment", "parts", "recipe_trainer", "training", "released"} | RUNS
 MAY_IMPORT = {
     "errors": set(),
@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "recipe_trainer": BOTH | {"sharding"},
     "training": BOTH | {"alignment", "decoder_blocks", "recipe_trainer", "released"},
     "released": {"errors"},
+    "augmentation": DATA | {"models"},
     "contrastive": TRAINING,
     "run_folder": SMALL,
     "run_loop": TRAINING,

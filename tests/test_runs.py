@@ -261,6 +261,20 @@ def test_cached_features_change_nothing(unbroken: Path, start: Path, tmp_path: P
     assert_same(final_weights(unbroken), final_weights(tmp_path / "live"), tolerance=1e-5)
 
 
+def test_an_augmented_run_resumes_on_the_clouds_that_were_next(unbroken: Path, start: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(start)
+    recipe.data.augment = True
+    train(recipe, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "model")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"checkpoint-{STEPS}")
+    train(recipe, tmp_path / "resumed", resume=True)
+    assert_same(final_weights(tmp_path / "whole"), final_weights(tmp_path / "resumed"))
+    assert_same(load_file(start / "model.safetensors"), load_file(tmp_path / "whole" / "model" / "model.safetensors"))
+    augmented, plain = final_weights(tmp_path / "whole"), final_weights(unbroken)
+    assert any(not torch.equal(augmented[name], plain[name]) for name in plain)
+
+
 def test_weight_zero_is_plain_fine_tuning(start: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """A regulariser whose weight has fallen to zero changes no weight of the model, bit for bit."""
     monkeypatch.setenv("POINTALIGN_CACHE", str(cache))

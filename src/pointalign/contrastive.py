@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers.utils.generic import ModelOutput
 
+from pointalign.augmentation import augment, drawn
 from pointalign.config import Recipe
 from pointalign.data.conversations import Conversation
-from pointalign.data.mixture import MixtureBatchSampler
+from pointalign.data.mixture import NumberedBatches
 from pointalign.data.sources import open_training_data
 from pointalign.errors import ConfigError, DataError
-from pointalign.models.point_clouds import normalize_sized
 from pointalign.models.point_encoder import PointEncoder
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import PointAlignProcessor
@@ -30,8 +30,6 @@ from pointalign.sentence_embedding import embed_sentences
 TARGET_TEMPERATURE = 0.05
 TEMPLATE_SHARE = 0.15
 NORM_WEIGHT = 0.1
-# How often a cloud is cut off, its colours change places, or are dropped, when it is augmented.
-CUT_CHANCE, RECOLOR_CHANCE, GRAY_CHANCE = 0.3, 0.2, 0.25
 
 
 class PointTextContrast(nn.Module):
@@ -108,55 +106,6 @@ def caption_words(captions: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tens
     return torch.tensor(kept), weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
 
 
-def augment(points: Tensor, generator: torch.Generator, num_points: int, size_told: float) -> Tensor:
-    """A cloud as it might have been: turned a little, stretched, shaken, in other light or paint, cut off, thinned.
-
-    Args:
-        points: (N, 6), y up, or (N, 7) with the unit of xyz in metres. Objects stand upright, so only small turns are made.
-        generator: of all random choices.
-        num_points: how many points to return.
-        size_told: how often the unit is kept, where there is one.
-
-    Returns:
-        (num_points, 6), normalised again; where a cut leaves fewer points, some come twice. Of a (N, 7) cloud also the radius
-        in metres, 0 where it is not told.
-    """
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator) * (high - low) + low
-
-    def happens(chance: float) -> bool:
-        return bool(uniform(0, 1) < chance)
-
-    points = points[torch.randperm(len(points), generator=generator)]
-    if happens(CUT_CHANCE):
-        along = points[:, :3] @ F.normalize(torch.randn(3, generator=generator), dim=0)
-        points = points[along <= along.quantile(float(uniform(0.7, 1)))]
-    kept = points[: int(num_points * float(uniform(0.5, 1)))]
-    points = kept.repeat(-(-num_points // len(kept)), 1)[:num_points]
-    xyz, rgb, unit = points[:, :3] * uniform(0.85, 1.18, 3), points[:, 3:6], points[:, 6:]
-    if happens(0.5):
-        xyz = xyz * torch.tensor([-1.0, 1.0, 1.0])
-    xyz = xyz @ _turned(uniform(-0.4, 0.4), 0, 2).T @ _turned(uniform(-0.08, 0.08), 1, 2).T
-    xyz = xyz + uniform(0, 0.01) * torch.randn(xyz.shape, generator=generator)
-    rgb = (rgb * uniform(0.75, 1.25, 3) + uniform(-0.12, 0.12, 3)).clamp(0, 1)
-    if happens(RECOLOR_CHANCE):
-        rgb = rgb[:, torch.randperm(3, generator=generator)]
-    if happens(GRAY_CHANCE):
-        rgb = torch.full_like(rgb, 0.5)
-    if happens(1 - size_told):
-        unit = torch.zeros_like(unit)
-    return normalize_sized(torch.cat([xyz, rgb, unit], dim=1))
-
-
-def _turned(angle: Tensor, first: int, second: int) -> Tensor:
-    """(3, 3) rotation by an angle in radians in the plane of two axes."""
-    matrix = torch.eye(3)
-    matrix[first, first] = matrix[second, second] = angle.cos()
-    matrix[first, second], matrix[second, first] = -angle.sin(), angle.sin()
-    return matrix
-
-
 class CloudTextDataset(Dataset):
     """Augmented clouds with what belongs to their captions.
 
@@ -178,19 +127,10 @@ class CloudTextDataset(Dataset):
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Tensor]:
         """The sample of (object number, step)."""
         number, step = index
-        generator = torch.Generator().manual_seed(hash((self.seed, number, step)) % 2**63)
         return {
-            "point_clouds": augment(self.read(number), generator, self.num_points, self.size_told),
+            "point_clouds": augment(self.read(number), drawn(self.seed, number, step), self.num_points, self.size_told),
             **{name: tensor[number] for name, tensor in self.texts.items()},
         }
-
-
-class _NumberedBatches(MixtureBatchSampler):
-    """Batches of (object number, draw number), so that a sample is a function of the seed and the step alone."""
-
-    def __iter__(self) -> Any:
-        for step, batch in enumerate(super().__iter__()):
-            yield [(number, step) for number in batch]
 
 
 class ContrastTrainer(RecipeTrainer):
@@ -284,7 +224,7 @@ def train_encoder(
         recipe,
         folder,
         lambda arguments, callbacks: ContrastTrainer(
-            batches=lambda count, rank, world: _NumberedBatches(
+            batches=lambda count, rank, world: NumberedBatches(
                 members, recipe.data.sets, count, recipe.seed, rank, world
             ),
             settings=recipe.optimizer,

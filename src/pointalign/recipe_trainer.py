@@ -54,7 +54,7 @@ class RecipeTrainer(Trainer):
     """
 
     def __init__(
-        self, batches: Callable[[int, int, int], Iterable[list[int]]], settings: OptimizerSettings, **kwargs: Any
+        self, batches: Callable[[int, int, int], Iterable[list[Any]]], settings: OptimizerSettings, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.batches, self.settings = batches, settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from pointalign.alignment import AlignmentRegularizer
+from pointalign.augmentation import AugmentedConversations
 from pointalign.config import ModelSettings, Recipe, check_seed, load_recipe, recipe_names
 from pointalign.contrastive import train_encoder
 from pointalign.data.conversations import ConversationDataset, PointCloudSource
@@ -115,16 +116,21 @@ def model_config(settings: ModelSettings, text_config: Any, point_token_id: int)
 
 
 class PreparedClouds:
-    """Clouds as the model takes them, by object id; the first ones are kept in memory."""
+    """Clouds by object id, prepared when they are first asked for; the first ones are kept in memory.
 
-    def __init__(self, clouds: PointCloudSource, processor: PointAlignProcessor) -> None:
-        self.clouds, self.processor = clouds, processor
+    Args:
+        clouds: as they are.
+        prepare: from one of them to the tensor that is wanted.
+    """
+
+    def __init__(self, clouds: PointCloudSource, prepare: Callable[[Any], Tensor]) -> None:
+        self.clouds, self.prepare = clouds, prepare
         self._ready: dict[str, Tensor] = {}
 
     def __getitem__(self, object_id: str) -> dict[str, Tensor]:
         prepared = self._ready.get(object_id)
         if prepared is None:
-            prepared = self.processor.prepare_points(self.clouds[object_id])
+            prepared = self.prepare(self.clouds[object_id])
             if len(self._ready) < KEPT_CLOUDS:
                 self._ready[object_id] = prepared
         return {"point_clouds": prepared}
@@ -295,23 +301,18 @@ def train_language(
         PointAlignError: as `train`.
     """
     clouds, conversations = open_training_data(recipe.data, folder.path)
-    target = recipe.alignment.target if recipe.alignment.weight else None
-    has_qformer = model.config.connector_config.kind == "qformer"  # pyright: ignore
-    fields = frozen_fields(recipe.trains, target, has_qformer) if recipe.cache_features else ()
-    object_ids = conversations.object_ids
-    options: dict[str, Any] = {}
-    if processor.metric_size:
-        clouds = OptionalSizes(clouds)
-        object_ids = [*object_ids, *map(unsized, object_ids)]
-        # So that the model also answers about clouds of unknown size.
-        told = np.random.default_rng(recipe.seed).random(len(conversations)) < recipe.data.size_told
-        options["cloud_name"] = lambda object_id, number: object_id if told[number] else unsized(object_id)
-    points: Any = PreparedClouds(clouds, processor)
-    if fields:
-        points = cached_features(model, processor, clouds, object_ids, fields)
+    options: dict[str, Any] = {
+        "conversations": conversations,
+        "processor": processor,
+        "max_length": recipe.data.max_length,
+    }
     if recipe.as_released:
         options["rewrite"] = released_messages
-    dataset = ConversationDataset(conversations, processor, points, recipe.data.max_length, **options)
+    if recipe.data.augment:
+        points = PreparedClouds(clouds, processor.clean_points)
+        dataset = AugmentedConversations(recipe.data.size_told, recipe.seed, points=points, **options)
+    else:
+        dataset = _plain_dataset(recipe, model, clouds, options)
     regularizer = build_regularizer(model, recipe.alignment, recipe.seed)
     trainer = run_trainer(
         recipe,
@@ -321,6 +322,27 @@ def train_language(
         ),
     )
     return trainer, regularizer
+
+
+def _plain_dataset(
+    recipe: Recipe, model: PointAlignForConditionalGeneration, clouds: PointCloudSource, options: dict[str, Any]
+) -> ConversationDataset:
+    """Conversations about clouds as they are, or about what the frozen half computed of them."""
+    processor, conversations = options["processor"], options["conversations"]
+    target = recipe.alignment.target if recipe.alignment.weight else None
+    has_qformer = model.config.connector_config.kind == "qformer"  # pyright: ignore
+    fields = frozen_fields(recipe.trains, target, has_qformer) if recipe.cache_features else ()
+    object_ids = conversations.object_ids
+    if processor.metric_size:
+        clouds = OptionalSizes(clouds)
+        object_ids = [*object_ids, *map(unsized, object_ids)]
+        # So that the model also answers about clouds of unknown size.
+        told = np.random.default_rng(recipe.seed).random(len(conversations)) < recipe.data.size_told
+        options["cloud_name"] = lambda object_id, number: object_id if told[number] else unsized(object_id)
+    points: Any = PreparedClouds(clouds, processor.prepare_points)
+    if fields:
+        points = cached_features(model, processor, clouds, object_ids, fields)
+    return ConversationDataset(points=points, **options)
 
 
 def changes_base(model: PointAlignForConditionalGeneration) -> bool:

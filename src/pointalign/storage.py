@@ -99,19 +99,31 @@ def _umask() -> int:
     return mask
 
 
-def taken_lock(path: Path) -> FileLock:
-    """A lock on a file that one process at a time writes; it lies in the cache, so that nothing stays beside the file.
+def lock_of(path: Path) -> FileLock:
+    """The lock, not taken yet, on what one process at a time works at; it lies in the cache, so that nothing stays beside it.
 
     Raises:
-        DataError: when another process holds it, or the cache cannot be written.
+        DataError: when the cache cannot be written.
     """
     name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
     lock = FileLock(cache_dir() / "locks" / f"{name}.lock")
     try:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        Path(lock.lock_file).touch()
+    except OSError as error:
+        raise DataError(f"cannot write {lock.lock_file}: {error.strerror}; set POINTALIGN_CACHE") from error
+    return lock
+
+
+def taken_lock(path: Path) -> FileLock:
+    """The lock on a file that this process writes, taken.
+
+    Raises:
+        DataError: when another process holds it, or the cache cannot be written.
+    """
+    lock = lock_of(path)
+    try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise DataError(f"another process is writing {path}; wait for it, or name another --out") from error
-    except OSError as error:
-        raise DataError(f"cannot write {lock.lock_file}: {error.strerror}; set POINTALIGN_CACHE") from error
     return lock

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from pointalign.alignment import AlignmentRegularizer, pool_target
 from pointalign.config import AlignmentSettings, Recipe
 from pointalign.data.conversations import Collator, ConversationDataset
-from pointalign.data.mixture import MixtureBatchSampler
+from pointalign.data.mixture import MixtureBatchSampler, NumberedBatches
 from pointalign.decoder_blocks import compiled_blocks
 from pointalign.errors import ConfigError
 from pointalign.models.packing import packed_positions, packing_attention
@@ -175,7 +175,8 @@ def build_regularizer(
 def mixture(dataset: ConversationDataset, recipe: Recipe) -> Callable[[int, int, int], MixtureBatchSampler]:
     """The recipe's sets over a dataset, as a function of the number of batches and the process."""
     indices = [dataset.conversations.of_types(settings.types) for settings in recipe.data.sets]
-    return lambda count, rank, world: MixtureBatchSampler(indices, recipe.data.sets, count, recipe.seed, rank, world)
+    kind = NumberedBatches if recipe.data.augment else MixtureBatchSampler
+    return lambda count, rank, world: kind(indices, recipe.data.sets, count, recipe.seed, rank, world)
 
 
 def build_trainer(

@@ -253,3 +253,31 @@ def test_a_sweep_stopped_by_ctrl_c_goes_on_and_repeats_nothing(
     file.write_text(yaml.safe_dump(slow, sort_keys=False))
     with pytest.raises(ConfigError, match="was run with other settings than the sweep file has now"):
         run_sweep(file, out)
+
+
+def test_processes_share_a_sweep(start: Path, tmp_path: Path) -> None:
+    """Each run is made once, by whichever process comes to it first, and both have the whole table in the end."""
+    file, out = write_sweep(tmp_path / "s.yaml", start, seeds=[0, 1]), tmp_path / "out"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pointalign", "sweep", str(file), "--out", str(out)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "POINTALIGN_CACHE": str(tmp_path / "cache")},
+        )
+        for _ in range(2)
+    ]
+    ended = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    tables = [json.loads(printed.splitlines()[-1]) for printed, _ in ended]
+    assert tables[0] == tables[1]
+    assert tables[0]["runs"] == 4
+    begun = [line for _, said in ended for line in said.splitlines() if line.startswith("run ")]
+    assert sorted(begun) == [
+        "run 1 of 4: plain, seed 0",
+        "run 2 of 4: aligned, seed 0",
+        "run 3 of 4: plain, seed 1",
+        "run 4 of 4: aligned, seed 1",
+    ]
+    assert all(any(line in said for line in begun) for _, said in ended), "neither was left without work"

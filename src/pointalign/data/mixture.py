@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -74,3 +75,11 @@ class MixtureBatchSampler(Sampler[list[int]]):
             order = rng.permutation(members)
             for start in range(0, len(order), PIECE):
                 yield from order[start : start + PIECE].tolist()
+
+
+class NumberedBatches(MixtureBatchSampler):
+    """Batches of (index, step) instead of indices, so that what is drawn anew at each step is a function of it."""
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for step, batch in enumerate(super().__iter__()):
+            yield [(number, step) for number in batch]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import Timeout
 
 from pointalign.config import Recipe, to_yaml
 from pointalign.errors import ConfigError, DataError
@@ -21,7 +24,7 @@ from pointalign.progress import say
 from pointalign.run_loop import RunStopped
 from pointalign.runs import check_start, train
 from pointalign.sentence_embedding import MINILM
-from pointalign.storage import write_text
+from pointalign.storage import lock_of, write_text
 from pointalign.sweep.figure import draw_sweep
 from pointalign.sweep.settings import load_sweep
 from pointalign.sweep.table import build_table, table_lines
@@ -32,6 +35,8 @@ CLASSIFICATION, CAPTIONING, LOSS = "household-classification", "household-captio
 
 def run_sweep(file: str | Path, out: str | Path) -> dict[str, Any]:
     """Run a sweep; stopped in any way and run again, it goes on where it was.
+
+    Several processes of one machine that run the same sweep share its runs among them.
 
     Args:
         file: see `load_sweep`.
@@ -55,19 +60,19 @@ def run_sweep(file: str | Path, out: str | Path) -> dict[str, Any]:
                 f"{file}: arm {recipe.name} starts from {recipe.model.start_from}, which is not there; train it first, or set "
                 "overrides: model: start_from to another"
             ) from None
-    measured: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
     # What is done is known before anything is trained, so that other settings are refused at once.
-    for key, recipe in recipes.items():
-        found = _read_measured(_run_folder(folder, key), _settings(recipe, sweep.limit))
-        if found is not None:
-            measured[key] = found
-    if measured:
-        say(f"{len(measured)} of {len(recipes)} runs are done already")
-    for number, (key, recipe) in enumerate(recipes.items(), start=1):
-        if key not in measured:
-            say(f"run {number} of {len(recipes)}: {key[0]}, seed {key[1]}")
-            measured[key] = _run(recipe, _run_folder(folder, key), sweep.limit)
-            _write_table(folder, measured, recipes, sweep.reference)
+    done = len(_measured(folder, recipes, sweep.limit))
+    if done:
+        say(f"{done} of {len(recipes)} runs are done already")
+    for wait in (False, True):
+        for number, (key, recipe) in enumerate(recipes.items(), start=1):
+            run = _run_folder(folder, key)
+            with _claimed(run, wait) as ours:
+                if ours and _read_measured(run, _settings(recipe, sweep.limit)) is None:
+                    say(f"run {number} of {len(recipes)}: {key[0]}, seed {key[1]}")
+                    _run(recipe, run, sweep.limit)
+                    _write_table(folder, _measured(folder, recipes, sweep.limit), recipes, sweep.reference)
+    measured = _measured(folder, recipes, sweep.limit)
     table = _write_table(folder, measured, recipes, sweep.reference)
     files = {
         "results": str(folder / TABLE_FILE),
@@ -81,9 +86,35 @@ def _run_folder(folder: Path, key: tuple[str, int]) -> Path:
     return folder / key[0] / f"seed-{key[1]}"
 
 
+@contextmanager
+def _claimed(folder: Path, wait: bool) -> Iterator[bool]:
+    """Whether a run is this process's to do; one that another process is at is left to it, or waited for."""
+    lock = lock_of(folder)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            yield False
+            return
+        say(f"waiting for the process that is at {folder}")
+        lock.acquire()
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 def _settings(recipe: Recipe, limit: int | None) -> dict[str, Any]:
     """What a run's measurements depend on."""
     return {"recipe": hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:16], "limit": limit}
+
+
+def _measured(
+    folder: Path, recipes: Mapping[tuple[str, int], Recipe], limit: int | None
+) -> dict[tuple[str, int], dict[str, dict[str, float]]]:
+    """What all finished runs measured."""
+    found = {key: _read_measured(_run_folder(folder, key), _settings(recipe, limit)) for key, recipe in recipes.items()}
+    return {key: values for key, values in found.items() if values is not None}
 
 
 def _read_measured(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
@@ -103,7 +134,7 @@ def _read_measured(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[
     return found
 
 
-def _run(recipe: Recipe, folder: Path, limit: int | None) -> dict[str, dict[str, float]]:
+def _run(recipe: Recipe, folder: Path, limit: int | None) -> None:
     """Train one arm with one seed, and measure it on the held-out objects."""
     try:
         train(recipe, folder, resume=True)
@@ -120,7 +151,6 @@ def _run(recipe: Recipe, folder: Path, limit: int | None) -> dict[str, dict[str,
     }
     content = {"settings": _settings(recipe, limit), "measures": measures}
     write_text(folder / MEASURED_FILE, json.dumps(content, indent=1) + "\n")
-    return measures
 
 
 def _write_table(
