@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from measuring import peak_memory
 
 from pointalign.data.objaverse import NumpyClouds
 from pointalign.data.pack import pack_clouds
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "clouds_per_second": rates(ways, objects, None),
             "clouds_per_second_cold": rates(ways, sorted(set(objects), key=objects.index), root),
             "clouds_per_second_20_ms_away": far_rates(root / "packed", objects[: 4 * BATCH]),
-            "peak_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "peak_megabytes": round(peak_memory("cpu") / 2**20),
             "machine": f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}, pyarrow {pa.__version__}",
         }
     for name in ways:

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import random
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import peak_memory
 
 from pointalign.config import DataSet, DataSettings, Recipe
 from pointalign.data.conversations import Collator, ConversationDataset, parse_conversation
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **values,
         "seconds": round(imported + opening + values.get("first_batch_seconds", 0), 2),
         "entries_per_second": round(total / opening),
-        "peak_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_megabytes": round(peak_memory("cpu") / 2**20),
         "machine": f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}",
     }
     print(json.dumps(result))

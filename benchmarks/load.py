@@ -61,7 +61,9 @@ def work(model: str, file: str, longest: int) -> None:
     lap("first_token")
     (said,) = answerer.ask([cloud], CAPTION_QUESTION, Decoding(max_new_tokens=longest))
     lap("answer")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    from measuring import peak_memory  # imports torch, whose time is told above
+
+    peak = peak_memory("cpu")
     print(
         json.dumps({"laps": laps, "tokens": said.tokens, "peak": peak, "threads": torch.get_num_threads()}), file=told
     )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -29,10 +30,18 @@ def synchronize() -> None:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: allocated on the GPU since the count was reset, or resident in this process ever."""
+    """Bytes: allocated on the GPU since the count was reset, or resident in this process ever.
+
+    On Linux the latter is VmHWM: ru_maxrss also counts what the process that started this one held then.
+    """
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def quartiles(values: Sequence[float], digits: int = 4) -> list[float]:
