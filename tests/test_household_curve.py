@@ -1,0 +1,53 @@
+"""The curve over training objects: what each of its encoders is trained on, and how the baselines are scored."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from pointalign.config import load_recipe
+from pointalign.data.household_split import household_sides
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "household_curve.py"
+    spec = importlib.util.spec_from_file_location("household_curve", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_only_the_objects_and_the_steps_differ_from_the_bundled_encoder(script: ModuleType) -> None:
+    recipe, bundled = script.encoder_recipe("validation-0", 0.25, 400, None), load_recipe("household-135m-encoder")
+    assert (recipe.data.fraction, recipe.data.extra, recipe.data.held_out) == (0.25, None, "validation-0")
+    recipe.data, recipe.optimizer.max_steps = bundled.data, bundled.optimizer.max_steps
+    assert recipe == bundled
+    assert script.encoder_recipe("fold-1", 1.0, 9, Path("x.parquet")).data.extra == "x.parquet"
+
+
+def test_baselines_are_right_where_their_best_class_is_the_objects(script: ModuleType) -> None:
+    known, asked = household_sides("validation-0")
+    labels = [thing.label for thing in known]
+    largest = max(sorted(set(labels)), key=labels.count)
+    right = script.baseline_right("most-frequent", known, asked[:20])
+    assert right == [thing.label == largest for thing in asked[:20]]
+    nearest = script.baseline_right("chamfer", known[:30], known[:5])
+    assert nearest == [True] * 5, "each is its own nearest neighbour"
+
+
+def test_the_figure(script: ModuleType, tmp_path: Path) -> None:
+    row = {"mean": 0.4, "n": 142, "interval": [0.3, 0.5]}
+    points = [
+        {"method": method, "objects": count, "extra": 0, **row}
+        for method in ("encoder", "forest", "chamfer")
+        for count in (144, 578)
+    ]
+    points.append({"method": "encoder", "objects": 578, "extra": 2935, **row})
+    script.draw_curve(points, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
