@@ -13,6 +13,7 @@ import pytest
 
 from pointalign.cli import main
 from pointalign.data.household import HouseholdObject, household_classes, load_household
+from pointalign.data.household_split import household_sides
 from pointalign.data.household_text import reference_caption
 from pointalign.evaluation import baselines
 from pointalign.evaluation.baselines import chamfer, forest, forest_without_size, histograms, most_frequent
@@ -128,6 +129,19 @@ def test_a_baseline_is_evaluated_and_compared_like_a_model(
         main(["compare", *sides, "--out", str(tmp_path / "compared")])
     assert ended.value.code == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 6
+
+
+def test_a_baseline_learns_from_all_that_is_not_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "household-classification-validation-1"
+    arguments = ["--model", "baseline:chamfer", "--held-out", "validation-1", "--benchmark", "household-classification"]
+    status, _, err = run(capsys, *arguments, "--limit", "4", "--out", str(tmp_path))
+    assert status == 0, err
+    known, asked = household_sides("validation-1")
+    told = [row["predicted"] for row in read_results(tmp_path / name)["objects"]]
+    classes = household_classes()
+    expected = chamfer(known, asked[:4], classes, lambda count: None)
+    assert told == [classes[int(np.argmax(one.scores))] for one in expected]
+    assert {thing.id for thing in known}.isdisjoint(thing.id for thing in asked)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pointalign.data.household import HOUSEHOLD_FILE, household_classes, load_household
+from pointalign.data.household import HOUSEHOLD_FILE, household_classes
+from pointalign.data.household_split import household_sides
 from pointalign.data.household_text import label_phrases
 from pointalign.errors import ConfigError
 from pointalign.evaluation.asking import EvaluationSettings, RawAnswers
 from pointalign.evaluation.baselines import BASELINES, Prediction
 from pointalign.evaluation.judges import LikelihoodJudge
 from pointalign.evaluation.ledger import Ledger
+from pointalign.evaluation.opening import household_name
 from pointalign.evaluation.plan import RETENTION, Plan, Planned
 from pointalign.evaluation.processes import Processes
 from pointalign.progress import progress
@@ -50,14 +52,15 @@ def check_baseline(model: str | Path, plan: Plan, settings: EvaluationSettings) 
         return
     if settings.as_released:
         raise ConfigError(f"{model} has no prompt, so leave --as-released out")
+    answered = {household_name(name, settings.sources) for name in HOUSEHOLD}
     planned = [one.benchmark.name for one in plan.planned] + ([RETENTION] if plan.retention else [])
-    for name in (name for name in planned if name not in HOUSEHOLD):
+    for name in (name for name in planned if name not in answered):
         reason = f"{model} learns from the bundled training objects, so it can answer {' and '.join(HOUSEHOLD)} only"
         if not plan.lenient:
             raise ConfigError(f"{reason}; leave {name} out")
         plan.skipped[name] = reason
     plan.retention = False
-    plan.planned = [one for one in plan.planned if one.benchmark.name in HOUSEHOLD]
+    plan.planned = [one for one in plan.planned if one.benchmark.name in answered]
 
 
 class BaselineAnswers(RawAnswers):
@@ -104,7 +107,7 @@ class BaselineAnswers(RawAnswers):
         ledgers = [*self.answers.values(), *self.scores.values()]
         if not self.processes.is_first or all(ledger.rows().keys() >= set(wanted) for ledger in ledgers):
             return
-        found = _predict(self.name, tuple(wanted))
+        found = _predict(self.name, self.settings.sources.held_out, tuple(wanted))
         for ledger in self.answers.values():
             ledger.fill(wanted, len(wanted), lambda number, ids: [self._answer(one) for one in found])
         for ledger in self.scores.values():
@@ -120,9 +123,10 @@ class BaselineAnswers(RawAnswers):
 
 
 @lru_cache(maxsize=1)
-def _predict(name: str, object_ids: tuple[str, ...]) -> list[Prediction]:
+def _predict(name: str, held_out: str, object_ids: tuple[str, ...]) -> list[Prediction]:
     """Of held-out objects, once for all benchmarks about them."""
-    held_out = {thing.id: thing for thing in load_household("test")}
-    objects = [held_out[object_id] for object_id in object_ids]
+    known, asked = household_sides(held_out)
+    by_id = {thing.id: thing for thing in asked}
+    objects = [by_id[object_id] for object_id in object_ids]
     with progress(PREFIX + name, len(objects)) as advance:
-        return BASELINES[name](load_household("train"), objects, household_classes(), advance)
+        return BASELINES[name](known, objects, household_classes(), advance)

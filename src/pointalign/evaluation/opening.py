@@ -116,7 +116,7 @@ def _household_classification(sources: Sources) -> Benchmark:
     objects = household_sides(sources.held_out)[1]
     classes = household_classes()
     return Benchmark(
-        name=_household_name("household-classification", sources),
+        name=household_name("household-classification", sources),
         task=Task("closed-set", tuple(classes)),
         questions=(Question("I", INSTRUCTION, CATEGORY_QUESTIONS[0]),),
         items=closed_set_items([(thing.id, thing.label) for thing in objects], classes, "household"),
@@ -131,7 +131,7 @@ def _household_classification(sources: Sources) -> Benchmark:
 def _household_captioning(sources: Sources) -> Benchmark:
     objects = household_sides(sources.held_out)[1]
     return Benchmark(
-        name=_household_name("household-captioning", sources),
+        name=household_name("household-captioning", sources),
         task=Task("captioning"),
         questions=(Question("caption", CAPTION),),
         items=tuple(Item(thing.id, reference_caption(thing)) for thing in objects),
@@ -144,8 +144,8 @@ def _household_captioning(sources: Sources) -> Benchmark:
     )
 
 
-def _household_name(name: str, sources: Sources) -> str:
-    """Results on different objects are never taken for one another's."""
+def household_name(name: str, sources: Sources) -> str:
+    """What a household benchmark is called: results on different objects are never taken for one another's."""
     return name if sources.held_out == TEST else f"{name}-{sources.held_out}"
 
 
