@@ -148,6 +148,10 @@ def test_what_cannot_be_bundled_is_refused(runs: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "plain" / "model" / "language_model_adapter")
     with pytest.raises(CheckpointError, match="that trains language_model_lora"):
         bundle(tmp_path / "plain", tmp_path / "out")
+    shutil.copytree(runs / "tuned", tmp_path / "two")
+    (tmp_path / "two" / "model" / "qformer_adapter").mkdir()
+    with pytest.raises(CheckpointError, match="qformer_adapter is a LoRA that a bundle has no place for"):
+        bundle(tmp_path / "two", tmp_path / "out")
     shutil.copytree(runs / "start", tmp_path / "other")
     weights = tmp_path / "other" / "model" / "model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)

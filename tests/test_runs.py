@@ -272,7 +272,8 @@ def test_an_augmented_run_resumes_on_the_clouds_that_were_next(unbroken: Path, s
     assert_same(final_weights(tmp_path / "whole"), final_weights(tmp_path / "resumed"))
     assert_same(load_file(start / "model.safetensors"), load_file(tmp_path / "whole" / "model" / "model.safetensors"))
     augmented, plain = final_weights(tmp_path / "whole"), final_weights(unbroken)
-    assert any(not torch.equal(augmented[name], plain[name]) for name in plain)
+    # Where features come from moves no weight by more than 1e-5.
+    assert any((augmented[name] - plain[name]).abs().max() > 1e-3 for name in plain)
 
 
 def test_weight_zero_is_plain_fine_tuning(start: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,33 @@ from torch import Tensor
 from pointalign.data.conversations import ConversationDataset
 from pointalign.models.point_clouds import normalize_sized
 
-# How often a cloud is cut off, its colours change places, or are dropped, when it is augmented.
-CUT_CHANCE, RECOLOR_CHANCE, GRAY_CHANCE = 0.3, 0.2, 0.25
+
+class Changes(NamedTuple):
+    """How far a cloud is changed.
+
+    Args:
+        cut: how often it is cut off.
+        recolor: how often its colours change places.
+        gray: how often they are dropped.
+        stretch: least and most factor of each axis.
+        light: by how much each colour's factor may differ from 1.
+        tint: how much may be added to each colour.
+        turn: largest turn about the vertical axis, in radians; forwards a fifth of it.
+    """
+
+    cut: float
+    recolor: float
+    gray: float
+    stretch: tuple[float, float]
+    light: float
+    tint: float
+    turn: float
+
+
+# For learning what an object is, whatever it looks like.
+ANY_LOOK = Changes(cut=0.3, recolor=0.2, gray=0.25, stretch=(0.85, 1.18), light=0.25, tint=0.12, turn=0.4)
+# For learning to say what a cloud looks like: what is told of colours and proportions stays true, but near a border.
+SAME_LOOK = Changes(cut=0, recolor=0, gray=0, stretch=(0.97, 1.03), light=0.03, tint=0.02, turn=0.05)
 
 
 def drawn(seed: int, number: int, step: int) -> torch.Generator:
@@ -20,7 +45,9 @@ def drawn(seed: int, number: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(hash((seed, number, step)) % 2**63)
 
 
-def augment(points: Tensor, generator: torch.Generator, num_points: int, size_told: float) -> Tensor:
+def augment(
+    points: Tensor, generator: torch.Generator, num_points: int, size_told: float, changes: Changes = ANY_LOOK
+) -> Tensor:
     """A cloud as it might have been: turned a little, stretched, shaken, in other light or paint, cut off, thinned.
 
     Args:
@@ -28,6 +55,7 @@ def augment(points: Tensor, generator: torch.Generator, num_points: int, size_to
         generator: of all random choices.
         num_points: how many points to return.
         size_told: how often the unit is kept, where there is one.
+        changes: how far it is changed.
 
     Returns:
         (num_points, 6), normalised again; where a cut leaves fewer points, some come twice. Of a (N, 7) cloud also the radius
@@ -41,20 +69,22 @@ def augment(points: Tensor, generator: torch.Generator, num_points: int, size_to
         return bool(uniform(0, 1) < chance)
 
     points = points[torch.randperm(len(points), generator=generator)]
-    if happens(CUT_CHANCE):
+    if happens(changes.cut):
         along = points[:, :3] @ F.normalize(torch.randn(3, generator=generator), dim=0)
         points = points[along <= along.quantile(float(uniform(0.7, 1)))]
     kept = points[: int(num_points * float(uniform(0.5, 1)))]
     points = kept.repeat(-(-num_points // len(kept)), 1)[:num_points]
-    xyz, rgb, unit = points[:, :3] * uniform(0.85, 1.18, 3), points[:, 3:6], points[:, 6:]
+    xyz, rgb, unit = points[:, :3] * uniform(*changes.stretch, 3), points[:, 3:6], points[:, 6:]
     if happens(0.5):
         xyz = xyz * torch.tensor([-1.0, 1.0, 1.0])
-    xyz = xyz @ _turned(uniform(-0.4, 0.4), 0, 2).T @ _turned(uniform(-0.08, 0.08), 1, 2).T
+    turn, tilt = changes.turn, changes.turn / 5
+    xyz = xyz @ _turned(uniform(-turn, turn), 0, 2).T @ _turned(uniform(-tilt, tilt), 1, 2).T
     xyz = xyz + uniform(0, 0.01) * torch.randn(xyz.shape, generator=generator)
-    rgb = (rgb * uniform(0.75, 1.25, 3) + uniform(-0.12, 0.12, 3)).clamp(0, 1)
-    if happens(RECOLOR_CHANCE):
+    light, tint = changes.light, changes.tint
+    rgb = (rgb * uniform(1 - light, 1 + light, 3) + uniform(-tint, tint, 3)).clamp(0, 1)
+    if happens(changes.recolor):
         rgb = rgb[:, torch.randperm(3, generator=generator)]
-    if happens(GRAY_CHANCE):
+    if happens(changes.gray):
         rgb = torch.full_like(rgb, 0.5)
     if happens(1 - size_told):
         unit = torch.zeros_like(unit)
@@ -70,7 +100,7 @@ def _turned(angle: Tensor, first: int, second: int) -> Tensor:
 
 
 class AugmentedConversations(ConversationDataset):
-    """Conversations whose clouds are shown anew at every draw, as `augment` does it.
+    """Conversations whose clouds are shown anew at every draw, without changing what is said of them (`SAME_LOOK`).
 
     Args:
         size_told: how often a cloud's size is told, where the model can be told it.
@@ -83,12 +113,12 @@ class AugmentedConversations(ConversationDataset):
         self.size_told, self.seed = size_told, seed
 
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The sample of (conversation number, step), see `NumberedBatches`; errors as `ConversationDataset`'s."""
-        number, step = index
+        """The sample of (conversation number, batch number), see `NumberedBatches`; errors as `ConversationDataset`'s."""
+        number, batch = index
         sample = super().__getitem__(number)
-        generator = drawn(self.seed, number, step)
+        generator = drawn(self.seed, number, batch)
         clouds = [
-            augment(points["point_clouds"], generator, self.processor.num_points, self.size_told)
+            augment(points["point_clouds"], generator, self.processor.num_points, self.size_told, SAME_LOOK)
             for points in sample["points"]
         ]
         return {**sample, "points": [{"point_clouds": cloud} for cloud in clouds]}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pointalign.errors import CheckpointError
 from pointalign.model_card import model_card
-from pointalign.models.checkpoint import WEIGHTS_FILE, adapter_folder, load_weights_file
+from pointalign.models.checkpoint import ADAPTED_PARTS, WEIGHTS_FILE, adapter_folder, load_weights_file
 from pointalign.models.language_model import EMBEDDED
 from pointalign.run_folder import RunFolder
 from pointalign.runs import PROJECTOR_FILE
@@ -84,6 +84,11 @@ def _check_model(model: Path) -> None:
         if not file.is_file():
             raise CheckpointError(
                 f"{file} is missing; give the folder of a finished run that trains language_model_lora"
+            )
+    for part in ADAPTED_PARTS:
+        if adapter_folder(part) != ADAPTER and (model / adapter_folder(part)).is_dir():
+            raise CheckpointError(
+                f"{model / adapter_folder(part)} is a LoRA that a bundle has no place for; share the model's folder as it is"
             )
 
 

@@ -163,8 +163,8 @@ class DataSettings:
     fraction: float = 1.0
     """Share of the objects that is used, the first ones by a hash of their id."""
     augment: bool = False
-    """Stage language: every time a cloud is shown it is turned a little, stretched, shaken, recoloured, cut off or thinned, as
-    stage encoder always does; nothing can be read from a cache then."""
+    """Stage language: every time a cloud is shown it is turned, stretched and lit a little, shaken and thinned, so that what is
+    said of it stays true; nothing can be read from a cache then. Stage encoder always changes clouds, and more."""
     balance: float = 0.0
     """Stage encoder: of objects that c captions describe in the same words, each is drawn 1/c^balance as often; 0 draws all
     objects equally often, 1 all descriptions."""

@@ -17,8 +17,10 @@ from pointalign.evaluation.statistics import paired_difference
 from pointalign.evaluation.text_metrics import measure_name
 from pointalign.quickstart_report import write_report
 from pointalign.run_folder import RunFolder
+from pointalign.run_loop import SAME_COMMAND, RunStopped
 from pointalign.runs import train
 from pointalign.sentence_embedding import MINILM
+from pointalign.storage import write_text
 
 # The bundled model as it was before alignment.
 START = "household-135m-pretrain"
@@ -44,6 +46,18 @@ def quickstart_recipes(fast: bool) -> dict[str, Recipe]:
             recipe.logging_steps = 1
             recipe.data.fraction = 0.1
     return recipes
+
+
+def _train_arm(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Train one fine-tune, unless that is done; what `train` told when it was."""
+    try:
+        summary = train(recipe, folder, resume=True)
+    except RunStopped as stopped:
+        raise RunStopped(f"{recipe.name}: {stopped.done}", SAME_COMMAND) from None
+    file = folder / "summary.json"
+    if not file.is_file():
+        write_text(file, json.dumps(summary) + "\n")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def evaluate_arm(folder: Path, limit: int | None = None) -> dict[str, Any]:
@@ -101,11 +115,7 @@ def run_quickstart(out: str | Path, fast: bool = False) -> dict[str, Any]:
     recipes = quickstart_recipes(fast)
     summaries = {}
     for name, recipe in recipes.items():
-        summary_file = folder / name / "summary.json"
-        if not summary_file.is_file():
-            summary = train(recipe, folder / name, resume=True)
-            summary_file.write_text(json.dumps(summary) + "\n", encoding="utf-8")
-        summaries[name] = json.loads(summary_file.read_text(encoding="utf-8"))
+        summaries[name] = _train_arm(recipe, folder / name)
     results = {name: evaluate_arm(folder / name, 6 if fast else None) for name in ARMS}
     difference = {}
     for metric in ("correct", "caption_similarity"):

@@ -18,9 +18,21 @@ from pointalign.progress import progress
 from pointalign.recipe_trainer import RecipeTrainer
 from pointalign.run_folder import RunFolder
 
+SAME_COMMAND = "give the same command again to go on"
+TENSORBOARD_VARIABLE = "TENSORBOARD_LOGGING_DIR"
+
 
 class RunStopped(PointAlignError):
-    """The run was asked to stop (Ctrl-C or SIGTERM) and has written a checkpoint to go on from."""
+    """The run was asked to stop (Ctrl-C or SIGTERM) and has written a checkpoint to go on from.
+
+    Args:
+        done: how far it came.
+        remedy: how to go on.
+    """
+
+    def __init__(self, done: str, remedy: str = "add --resume to go on") -> None:
+        super().__init__(f"{done}; {remedy}")
+        self.done = done
 
 
 def uses_bf16(recipe: Recipe) -> bool:
@@ -31,7 +43,6 @@ def uses_bf16(recipe: Recipe) -> bool:
 def training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
     """transformers' arguments for a recipe."""
     settings = recipe.optimizer
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
     return TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=settings.max_steps,
@@ -82,6 +93,19 @@ class RunCallback(TrainerCallback):
 
 
 @contextmanager
+def curves_in(folder: RunFolder) -> Iterator[None]:
+    """A run's TensorBoard files lie in its own folder, unless the environment names another."""
+    if TENSORBOARD_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[TENSORBOARD_VARIABLE] = str(folder.path / "tensorboard")
+    try:
+        yield
+    finally:
+        del os.environ[TENSORBOARD_VARIABLE]
+
+
+@contextmanager
 def stop_on_signal(callback: RunCallback) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM ends the run after the step in hand, with a checkpoint; the second ends it at once."""
     previous = {}
@@ -117,6 +141,7 @@ def run_trainer(
     if arguments.process_index == 0:
         folder.forget_metrics_after(done)
     with ExitStack() as stack:
+        stack.enter_context(curves_in(folder))
         callback = RunCallback(folder, lambda steps: None)
         trainer = build(arguments, [callback])
         trainer.remove_callback(PrinterCallback)
@@ -127,7 +152,5 @@ def run_trainer(
         stack.enter_context(stop_on_signal(callback))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < recipe.optimizer.max_steps:
-        raise RunStopped(
-            f"stopped at step {trainer.state.global_step} of {recipe.optimizer.max_steps}; add --resume to go on"
-        )
+        raise RunStopped(f"stopped at step {trainer.state.global_step} of {recipe.optimizer.max_steps}")
     return trainer

@@ -100,12 +100,14 @@ def _umask() -> int:
 
 
 def lock_of(path: Path) -> FileLock:
-    """The lock, not taken yet, on what one process at a time works at; it lies in the cache, so that nothing stays beside it.
+    """The lock, not taken yet, on what one process at a time works at.
+
+    It lies in the cache, so that nothing stays beside the work: processes with other cache folders do not see it.
 
     Raises:
         DataError: when the cache cannot be written.
     """
-    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     lock = FileLock(cache_dir() / "locks" / f"{name}.lock")
     try:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ class MixtureBatchSampler(Sampler[list[int]]):
 
 
 class NumberedBatches(MixtureBatchSampler):
-    """Batches of (index, step) instead of indices, so that what is drawn anew at each step is a function of it."""
+    """Batches of (index, the batch's number) instead of indices, so that what is drawn anew each time is a function of them."""
 
     def __iter__(self) -> Iterator[list[Any]]:
         for step, batch in enumerate(super().__iter__()):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import Timeout
 
-from pointalign.config import Recipe, to_yaml
+from pointalign.config import Recipe, load_recipe
 from pointalign.errors import ConfigError, DataError
 from pointalign.evaluation.asking import EvaluationSettings, load_model
 from pointalign.evaluation.compare import ACCURACY, object_values
@@ -21,7 +21,8 @@ from pointalign.evaluation.results import read_results
 from pointalign.evaluation.run import evaluate
 from pointalign.evaluation.text_metrics import measure_name
 from pointalign.progress import say
-from pointalign.run_loop import RunStopped
+from pointalign.run_folder import RunFolder
+from pointalign.run_loop import SAME_COMMAND, RunStopped
 from pointalign.runs import check_start, train
 from pointalign.sentence_embedding import MINILM
 from pointalign.storage import lock_of, write_text
@@ -36,7 +37,7 @@ CLASSIFICATION, CAPTIONING, LOSS = "household-classification", "household-captio
 def run_sweep(file: str | Path, out: str | Path) -> dict[str, Any]:
     """Run a sweep; stopped in any way and run again, it goes on where it was.
 
-    Several processes of one machine that run the same sweep share its runs among them.
+    Several processes of one machine, with one cache folder, that run the same sweep share its runs among them.
 
     Args:
         file: see `load_sweep`.
@@ -50,6 +51,10 @@ def run_sweep(file: str | Path, out: str | Path) -> dict[str, Any]:
         RunStopped: when Ctrl-C or SIGTERM stopped a training.
         PointAlignError: for anything else expected that goes wrong.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "a sweep's processes share its runs, not one run: start the command several times, without torchrun"
+        )
     folder = Path(out)
     sweep, recipes = load_sweep(file)
     for recipe in recipes.values():
@@ -68,7 +73,7 @@ def run_sweep(file: str | Path, out: str | Path) -> dict[str, Any]:
         for number, (key, recipe) in enumerate(recipes.items(), start=1):
             run = _run_folder(folder, key)
             with _claimed(run, wait) as ours:
-                if ours and _read_measured(run, _settings(recipe, sweep.limit)) is None:
+                if ours and _read_measured(run, recipe, sweep.limit) is None:
                     say(f"run {number} of {len(recipes)}: {key[0]}, seed {key[1]}")
                     _run(recipe, run, sweep.limit)
                     _write_table(folder, _measured(folder, recipes, sweep.limit), recipes, sweep.reference)
@@ -104,30 +109,25 @@ def _claimed(folder: Path, wait: bool) -> Iterator[bool]:
         lock.release()
 
 
-def _settings(recipe: Recipe, limit: int | None) -> dict[str, Any]:
-    """What a run's measurements depend on."""
-    return {"recipe": hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:16], "limit": limit}
-
-
 def _measured(
     folder: Path, recipes: Mapping[tuple[str, int], Recipe], limit: int | None
 ) -> dict[tuple[str, int], dict[str, dict[str, float]]]:
     """What all finished runs measured."""
-    found = {key: _read_measured(_run_folder(folder, key), _settings(recipe, limit)) for key, recipe in recipes.items()}
+    found = {key: _read_measured(_run_folder(folder, key), recipe, limit) for key, recipe in recipes.items()}
     return {key: values for key, values in found.items() if values is not None}
 
 
-def _read_measured(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
+def _read_measured(folder: Path, recipe: Recipe, limit: int | None) -> dict[str, dict[str, float]] | None:
     """What a finished run measured; None while it is not finished."""
     file = folder / MEASURED_FILE
     if not file.is_file():
         return None
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        found, made_with = values["measures"], values["settings"]
+        found, measured_on = values["measures"], values["limit"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is broken ({error}); delete it and run again") from error
-    if made_with != settings:
+    if (load_recipe(RunFolder(folder).recipe_file), measured_on) != (recipe, limit):
         raise ConfigError(
             f"{folder} was run with other settings than the sweep file has now; name another --out, or delete that folder"
         )
@@ -139,8 +139,7 @@ def _run(recipe: Recipe, folder: Path, limit: int | None) -> None:
     try:
         train(recipe, folder, resume=True)
     except RunStopped as stopped:
-        done = str(stopped).partition(";")[0]
-        raise RunStopped(f"{recipe.name}, seed {recipe.seed}: {done}; give the same command again to go on") from None
+        raise RunStopped(f"{recipe.name}, seed {recipe.seed}: {stopped.done}", SAME_COMMAND) from None
     gc.collect()  # the trainer holds the model in circles
     model, out = folder / "model", folder / "evaluation"
     evaluate(model, out, EvaluationSettings((CLASSIFICATION, CAPTIONING), limit=limit))
@@ -149,7 +148,7 @@ def _run(recipe: Recipe, folder: Path, limit: int | None) -> None:
         "caption_similarity": object_values(read_results(out / CAPTIONING), measure_name(MINILM)),
         "next_token_loss": held_out_loss(load_model(model), out / LOSS, limit),
     }
-    content = {"settings": _settings(recipe, limit), "measures": measures}
+    content = {"limit": limit, "measures": measures}
     write_text(folder / MEASURED_FILE, json.dumps(content, indent=1) + "\n")
 
 
