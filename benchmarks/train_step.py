@@ -123,7 +123,9 @@ def train_ours(recipe: Recipe, folder: Path, model: Any, processor: Any) -> list
 def train_published(recipe: Recipe, folder: Path, model: Any, processor: Any, autocast: bool) -> list[dict[str, Any]]:
     """The same steps written out plainly; losses of each."""
     clouds, conversations = open_training_data(recipe.data, folder)
-    dataset = ConversationDataset(conversations, processor, PreparedClouds(clouds, processor), recipe.data.max_length)
+    dataset = ConversationDataset(
+        conversations, processor, PreparedClouds(clouds, processor.prepare_points), recipe.data.max_length
+    )
     collate, sampler = Collator(processor), mixture(dataset, recipe)(recipe.optimizer.max_steps, 0, 1)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
