@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from benchmarking import BENCHMARKS, load_script
 from pointalign.config import load_recipe
 from pointalign.data.household_split import household_sides
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "household_curve.py"
-    spec = importlib.util.spec_from_file_location("household_curve", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(BENCHMARKS / "household_curve.py")
 
 
 def test_only_the_objects_and_the_steps_differ_from_the_bundled_encoder(script: ModuleType) -> None:

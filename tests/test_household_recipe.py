@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,18 +9,13 @@ from typing import Any
 
 import pytest
 
+from benchmarking import BENCHMARKS, load_script
 from pointalign.config import load_recipe
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "household_recipe.py"
-    spec = importlib.util.spec_from_file_location("household_recipe", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(BENCHMARKS / "household_recipe.py")
 
 
 def test_stages_follow_each_other_and_hold_out_the_same_part(script: ModuleType, tmp_path: Path) -> None:

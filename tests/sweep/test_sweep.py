@@ -207,6 +207,24 @@ def test_held_out_loss_by_hand(start: Path, tmp_path: Path) -> None:
     assert held_out_loss(loaded, tmp_path / "loss", limit=3) == found
 
 
+def start_sweep(file: Path, out: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pointalign", "sweep", str(file), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(file: Path, process: subprocess.Popen[str], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not file.is_file():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 def test_a_sweep_stopped_by_ctrl_c_goes_on_and_repeats_nothing(
     start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,18 +233,9 @@ def test_a_sweep_stopped_by_ctrl_c_goes_on_and_repeats_nothing(
     slow = yaml.safe_load(file.read_text())
     slow["overrides"]["optimizer"]["max_steps"] = 40
     file.write_text(yaml.safe_dump(slow, sort_keys=False))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pointalign", "sweep", str(file), "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    metrics, end = out / "plain" / "seed-0" / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.is_file():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    process = start_sweep(file, out)
+    metrics = out / "plain" / "seed-0" / "metrics.jsonl"
+    wait_for(metrics, process, 120)
     process.send_signal(signal.SIGINT)
     printed, said = process.communicate(timeout=120)
     assert (process.returncode, printed) == (130, ""), said
@@ -262,18 +271,8 @@ def test_processes_share_a_sweep(start: Path, tmp_path: Path, monkeypatch: pytes
     file, out = write_sweep(tmp_path / "s.yaml", start), tmp_path / "out"
     lock = lock_of(out / "plain" / "seed-0")
     lock.acquire()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pointalign", "sweep", str(file), "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    end = time.monotonic() + 200
-    while not (out / "results.json").is_file():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    process = start_sweep(file, out)
+    wait_for(out / "results.json", process, 200)
     assert not (out / "plain").exists()
     assert json.loads((out / "results.json").read_text())["missing"] == ["plain, seed 0"]
     lock.release()
