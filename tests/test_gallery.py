@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -10,19 +9,15 @@ from typing import Any
 
 import pytest
 
+from benchmarking import load_script
 from pointalign.data.household import load_household
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "gallery.md"
 
 
-def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("build_gallery", ROOT / "docs" / "build_gallery.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_gallery() -> Any:
+    return load_script(ROOT / "docs" / "build_gallery.py")
 
 
 def rows() -> list[dict[str, Any]]:
@@ -42,7 +37,7 @@ def rows() -> list[dict[str, Any]]:
 
 def test_the_rule_shows_firsts_of_every_other_class_and_the_surest_mistakes() -> None:
     found = rows()
-    firsts, mistakes = load_script().shown(found)
+    firsts, mistakes = load_gallery().shown(found)
     labels = [found[number]["label"] for number in firsts]
     assert len(set(labels)) == len(labels) == (len({row["label"] for row in found}) + 1) // 2
     assert all(found[number]["label"] not in {row["label"] for row in found[:number]} for number in firsts)
@@ -61,7 +56,7 @@ def test_the_page_holds_what_was_said(tmp_path: Path, tiny_model: Path) -> None:
     }.items():
         (tmp_path / "evaluation" / name).mkdir(parents=True)
         (tmp_path / "evaluation" / name / "results.json").write_text(json.dumps(values))
-    load_script().build(tmp_path / "evaluation", tmp_path, ROOT / "examples", str(tiny_model))
+    load_gallery().build(tmp_path / "evaluation", tmp_path, ROOT / "examples", str(tiny_model))
     page = (tmp_path / "gallery.md").read_text()
     assert "66.0 % (50.0 to 70.0), n = 100" in page
     assert "**nothing**, not" in page
