@@ -276,6 +276,22 @@ def test_an_augmented_run_resumes_on_the_clouds_that_were_next(unbroken: Path, s
     assert any((augmented[name] - plain[name]).abs().max() > 1e-3 for name in plain)
 
 
+def test_batches_that_other_processes_prepare_are_the_same(start: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(start)
+    recipe.data.augment = True
+    train(recipe, tmp_path / "alone")
+    train(replace(recipe, workers=2), tmp_path / "helped")
+    assert_same(final_weights(tmp_path / "alone"), final_weights(tmp_path / "helped"))
+
+
+def test_workers_that_are_none_are_refused(start: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    with pytest.raises(ConfigError, match="workers -1 is no number of processes"):
+        train(replace(tiny_recipe(start), workers=-1), tmp_path / "run")
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    with pytest.raises(ConfigError, match="leave workers at 0 here"):
+        train(replace(tiny_recipe(start), workers=1), tmp_path / "run")
+
+
 def test_weight_zero_is_plain_fine_tuning(start: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """A regulariser whose weight has fallen to zero changes no weight of the model, bit for bit."""
     monkeypatch.setenv("POINTALIGN_CACHE", str(cache))

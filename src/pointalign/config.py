@@ -255,6 +255,9 @@ class Recipe:
     fsdp: bool = False
     """Split weights, gradients and optimiser over the processes (FSDP2), for a language model that one of them cannot hold;
     else each holds all. The result is the same, and a run can be resumed either way."""
+    workers: int = 0
+    """Processes that prepare batches while the device computes; pays on a GPU where clouds are changed at every draw. The
+    result is the same with any number."""
     cache_features: bool = True
     """Compute the frozen parts once per object and read them from disk."""
     seed: int = 42

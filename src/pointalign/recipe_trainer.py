@@ -82,6 +82,9 @@ class RecipeTrainer(Trainer):
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             pin_memory=self.args.device.type == "cuda",
+            num_workers=self.args.dataloader_num_workers,
+            # What reads the clouds is a closure, which no other way of starting a process can pass on.
+            multiprocessing_context="fork" if self.args.dataloader_num_workers else None,
         )
 
     def _prepare_input(self, data: Any) -> Any:

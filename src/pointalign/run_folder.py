@@ -53,7 +53,7 @@ class RunFolder:
 
     def _check_same(self, recipe: Recipe) -> None:
         # How the work is spread over processes is no part of what is trained.
-        started = replace(load_recipe(self.recipe_file), fsdp=recipe.fsdp)
+        started = replace(load_recipe(self.recipe_file), fsdp=recipe.fsdp, workers=recipe.workers)
         saved, asked = to_yaml(started).splitlines(), to_yaml(recipe).splitlines()
         changed = sorted({line.strip() for line in set(saved) ^ set(asked)})
         if changed:

@@ -51,6 +51,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
         max_grad_norm=settings.max_grad_norm,
         bf16=uses_bf16(recipe),
         use_cpu=not torch.accelerator.is_available(),
+        dataloader_num_workers=recipe.workers,
         gradient_checkpointing=recipe.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=recipe.logging_steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -244,8 +245,13 @@ def check_start(recipe: Recipe) -> None:
     """See that the folder a recipe starts from is there, before anything is asked of the Hub.
 
     Raises:
-        ConfigError: when it is not, or FSDP is to split a model that the stage does not train.
+        ConfigError: when it is not, FSDP is to split a model that the stage does not train, or batches cannot be prepared by
+            other processes.
     """
+    if recipe.workers < 0:
+        raise ConfigError(f"workers {recipe.workers} is no number of processes; give 0 or more")
+    if recipe.workers and "fork" not in multiprocessing.get_all_start_methods():
+        raise ConfigError("workers need a system whose processes can be forked; leave workers at 0 here")
     if recipe.fsdp and recipe.stage == "encoder":
         raise ConfigError("fsdp splits a language model; stage encoder trains none: leave fsdp out")
     start = recipe.model.start_from
