@@ -71,7 +71,7 @@ class Worker:
     def __init__(self, script: str, procedure: str, arguments: Sequence[str]) -> None:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process writes into it)
         self.process = subprocess.Popen(
-            [sys.executable, script, *arguments, "--worker", procedure],
+            [sys.executable, "-X", "faulthandler", script, *arguments, "--worker", procedure],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -90,7 +90,10 @@ class Worker:
         line = self.process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
         if not line:
             self.errors.seek(0)
-            raise SystemExit(f"the {self.procedure} procedure ended early:\n{self.errors.read()[-4000:]}")
+            status = self.process.wait()
+            raise SystemExit(
+                f"the {self.procedure} procedure ended early, exit status {status}:\n{self.errors.read()[-4000:]}"
+            )
         return json.loads(line)
 
     def go(self) -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/train_stage.py                          # household data, SmolLM2-135M
     python benchmarks/train_stage.py --size paper --steps 50  # random weights of the paper's sizes, on a GPU
-    python benchmarks/train_stage.py --size paper --quantize nf4 --compile     # on 4-bit weights, as compiled blocks
+    python benchmarks/train_stage.py --size paper --steps 100 --cuda-graphs    # recorded; --compile: fused kernels as well
+    python benchmarks/train_stage.py --size paper --quantize nf4               # on 4-bit weights
     python benchmarks/train_stage.py --times 4                # four times the conversations a step
     python benchmarks/train_stage.py --size tiny --steps 4    # the same path in seconds
 
@@ -58,7 +59,7 @@ def matmul_peak(tokens: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dty
 
 
 class Work:
-    """Counts tokens and scored positions of every forward pass that it watches, and the matmul work they mean."""
+    """Counts tokens and scored positions of every batch that trainers take, and the matmul work they mean."""
 
     def __init__(self, model: Any) -> None:
         head = model.get_output_embeddings().weight
@@ -72,28 +73,35 @@ class Work:
         )
         self.tokens, self.flops = [], []
 
-    def count(self, module: Any, arguments: Any, inputs: dict[str, Any]) -> None:
-        """Before a forward pass; reads shapes alone, so that no device is waited for."""
-        tokens = inputs["input_ids"].numel()
-        self.tokens.append(tokens)
-        labels = len(inputs["logits_to_keep"]) * len(inputs["input_ids"])
-        self.flops.append(tokens * self.per_token + labels * self.per_label)
+    def watch(self) -> None:
+        """Count from now on, before a batch is rounded up or moved."""
+        prepare = AlignmentTrainer._prepare_inputs
+
+        def counted(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+            tokens = inputs["input_ids"].numel()
+            self.tokens.append(tokens)
+            labels = len(inputs["logits_to_keep"]) * len(inputs["input_ids"])
+            self.flops.append(tokens * self.per_token + labels * self.per_label)
+            return prepare(trainer, inputs)
+
+        AlignmentTrainer._prepare_inputs = counted
 
 
 def quantized(model: Any, recipe: Recipe, folder: Path, kind: str) -> Any:
-    """The model once more, read from a folder with its language model in 4 or 8 bits."""
+    """The model once more, read from a folder with its language model in 4 or 8 bits; the other one leaves the device."""
     model.save_pretrained(folder)
     again = PointAlignForConditionalGeneration.from_pretrained(folder, is_trainable=True, quantize=kind)
     select_parts(again, recipe.trains)
+    model.to("meta")
     return again
 
 
-def forbid_waiting() -> None:
-    """From now on a step that asks the GPU for a value ends the benchmark."""
+def forbid_waiting(first: int) -> None:
+    """A step that asks the GPU for a value ends the benchmark, from the first one on that is timed."""
     step = AlignmentTrainer.training_step
 
     def strict(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error" if trainer.state.global_step >= first else "default")
         try:
             return step(trainer, *args, **kwargs)
         finally:
@@ -102,15 +110,21 @@ def forbid_waiting() -> None:
     AlignmentTrainer.training_step = strict
 
 
+def warm_up(options: argparse.Namespace) -> int:
+    """Steps that are not timed: two, or half of them where shapes are recorded or compiled as they come."""
+    return options.steps // 2 if options.cuda_graphs or options.compile else 2
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Train some steps, the first two of which warm up and are not counted; options are the command's."""
+    """Train some steps, the first of which warm up and are not counted; options are the command's."""
     quiet()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         bf16 = uses_bf16(Recipe(precision=options.precision))
         recipe, model, processor = prepare(options.size, folder, options.steps, not bf16)
         os.environ["POINTALIGN_CACHE"] = str(folder / "cache")
-        recipe.precision, recipe.packing, recipe.compile = options.precision, options.packing, options.compile
+        recipe.precision, recipe.packing = options.precision, options.packing
+        recipe.compile, recipe.cuda_graphs = options.compile, options.cuda_graphs
         recipe.logging_steps = min(options.steps, 10)
         for kind in recipe.data.sets:
             kind.batch_size *= options.times
@@ -119,7 +133,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             model = quantized(model, recipe, folder / "start", options.quantize)
         if bf16:
             cast_frozen(model)
-        model.register_forward_pre_hook(work.count, with_kwargs=True)
+        work.watch()
         typical = (512 if options.size == "household" else 2048) * options.times
         peaks = [matmul_peak(typical, work.shapes, dtype)]
         if torch.cuda.is_available():
@@ -128,8 +142,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         clock, run = StepClock(), RunFolder(folder / "run")
         run.open(recipe, resume=False)
         train_language(recipe, run, model, processor)
-        seconds, memory = clock.stop()[1:], peak_memory(device_name())
-        busy = statistics.median(after - before for before, after in pairwise(clock.busy[1:]))
+        first = warm_up(options)
+        seconds, memory = clock.stop()[first - 1 :], peak_memory(device_name())
+        busy = statistics.median(after - before for before, after in pairwise(clock.busy[first - 1 :]))
         peaks.append(matmul_peak(typical, work.shapes, dtype))
         timed = {"cpu_seconds_per_step": round(busy, 4), **told(options, recipe, bf16, work, seconds, max(peaks))}
         return {**timed, "peak_memory_gib": round(memory / 2**30, 3)}
@@ -143,10 +158,10 @@ def told(
     seconds: Sequence[float],
     peak: float,
 ) -> dict[str, Any]:
-    """The benchmark's result, from what was counted and timed of all steps but the first two."""
-    around = environment(recipe)
-    rates = [tokens / taken for tokens, taken in zip(work.tokens[2:], seconds, strict=True)]
-    reached = [flops / taken for flops, taken in zip(work.flops[2:], seconds, strict=True)]
+    """The benchmark's result, from what was counted and timed of all steps but those that warm up."""
+    around, first = environment(recipe), warm_up(options)
+    rates = [tokens / taken for tokens, taken in zip(work.tokens[first:], seconds, strict=True)]
+    reached = [flops / taken for flops, taken in zip(work.flops[first:], seconds, strict=True)]
     return {
         "benchmark": "train_stage",
         "size": options.size,
@@ -154,9 +169,10 @@ def told(
         "times": options.times,
         "packing": recipe.packing,
         "compile": recipe.compile,
+        "cuda_graphs": recipe.cuda_graphs,
         "quantize": options.quantize,
         "precision": "bf16" if bf16 else "fp32",
-        "tokens_per_step": round(statistics.mean(work.tokens[2:])),
+        "tokens_per_step": round(statistics.mean(work.tokens[first:])),
         "seconds_per_step": round(statistics.median(seconds), 4),
         "tokens_per_second": round(statistics.median(rates), 1),
         "quartiles": quartiles(rates, 1),
@@ -178,13 +194,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--cuda-graphs", action="store_true", help="on a GPU: record the decoder blocks' launches")
     parser.add_argument("--quantize", choices=["nf4", "int8"], help="of the frozen language model's matrices")
     parser.add_argument("--forbid-waiting", action="store_true", help="on a GPU: end when a step waits for it")
     options = parser.parse_args(arguments)
     if options.steps < 5:
-        parser.error("--steps is 5 or more: the first two warm up, and a spread needs two")
+        parser.error("--steps is 5 or more: the first ones warm up, and a spread needs two")
     if options.forbid_waiting and torch.cuda.is_available():
-        forbid_waiting()
+        forbid_waiting(warm_up(options))
     print(json.dumps(measure(options)))
 
 

@@ -25,6 +25,7 @@ from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
 from pointalign.run_folder import RunFolder
 from pointalign.runs import build_model, train
+from recording import Recorded
 
 STEPS = 8
 
@@ -440,3 +441,30 @@ def test_a_compiled_run_is_the_plain_one(
     compiled, plain = (RunFolder(run).metrics() for run in runs.values())
     for loss in ("lm_loss", "alignment_loss", "grad_norm"):
         assert [line[loss] for line in compiled] == pytest.approx([line[loss] for line in plain], rel=2e-4)
+
+
+@pytest.mark.parametrize("layers", [[2], [1, 2]])
+def test_recorded_blocks_train_to_the_same_weights(
+    layers: list[int], start: Path, cache: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Rounded batches, stretches that end where the alignment loss reads, gradients through buffers: nothing changes."""
+    recipe = tiny_recipe(start, lora={"rank": 2, "alpha": 4, "dropout": 0.0})
+    recipe.alignment.layers, recipe.optimizer.max_steps = layers, 12
+    train(recipe, tmp_path / "plain")
+    recorded = Recorded()
+    monkeypatch.setattr("pointalign.training.why_not_graphed", lambda *given: None)
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", recorded)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    train(replace(recipe, cuda_graphs=True), tmp_path / "recorded")
+    assert recorded.lengths, "some shape came twice"
+    assert all(length % 128 == 0 for length in recorded.lengths)
+    assert recorded.replays > 2 * len(recorded.lengths), "and was replayed, in two stretches or more"
+    assert_same(final_weights(tmp_path / "plain"), final_weights(tmp_path / "recorded"), tolerance=1e-5)
+
+
+def test_what_cannot_be_recorded_is_told_and_trained_all_the_same(
+    unbroken: Path, start: Path, tmp_path: Path, capsys: Any
+) -> None:
+    train(replace(tiny_recipe(start), cuda_graphs=True), tmp_path / "run")
+    assert "cuda_graphs does nothing here: there is no CUDA GPU" in capsys.readouterr().err
+    assert_same(final_weights(unbroken), final_weights(tmp_path / "run"))

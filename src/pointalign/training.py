@@ -13,11 +13,12 @@ from transformers import TrainingArguments
 
 from pointalign.alignment import AlignmentRegularizer, pool_target
 from pointalign.config import AlignmentSettings, Recipe
+from pointalign.cuda_graphs import graphed_blocks, why_not_graphed
 from pointalign.data.conversations import Collator, ConversationDataset
 from pointalign.data.mixture import MixtureBatchSampler, NumberedBatches
 from pointalign.decoder_blocks import compiled_blocks
 from pointalign.errors import ConfigError
-from pointalign.models.packing import packed_positions, packing_attention
+from pointalign.models.packing import packed_positions, packing_attention, rounded_up
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.progress import say
 from pointalign.recipe_trainer import RecipeTrainer
@@ -57,6 +58,7 @@ class AlignmentTrainer(RecipeTrainer):
         target: what the point tokens are aligned with, see `alignment_target`.
         packing: lay conversations end to end instead of padding them, if the language model keeps them apart.
         compile: compile the decoder blocks, see `compiled_blocks`.
+        cuda_graphs: record them, see `graphed_blocks`.
         kwargs: passed to `RecipeTrainer`.
     """
 
@@ -66,10 +68,12 @@ class AlignmentTrainer(RecipeTrainer):
         target: str = "qformer",
         packing: bool = False,
         compile: bool = False,
+        cuda_graphs: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.regularizer, self.target, self.packing, self.compile = regularizer, target, packing, compile
+        self.cuda_graphs = cuda_graphs
         self._num_point_tokens: Tensor | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +86,20 @@ class AlignmentTrainer(RecipeTrainer):
                 else:
                     say("this language model does not keep packed conversations apart; they are padded instead")
             stack.enter_context(compiled_blocks(model, self.compile))
+            self.cuda_graphs = self.cuda_graphs and self._can_record()
+            stack.enter_context(graphed_blocks(model, self.cuda_graphs))
             return super().train(*args, **kwargs)
+
+    def _can_record(self) -> bool:
+        """Whether CUDA graphs can be recorded; why not is said."""
+        packed = self.data_collator.packing is not None  # pyright: ignore
+        args = self.args
+        reason = why_not_graphed(
+            args.device.type, args.world_size, args.gradient_accumulation_steps, packed, args.gradient_checkpointing
+        )
+        if reason:
+            say(f"cuda_graphs does nothing here: {reason}")
+        return reason is None
 
     def count_items(self, batches: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """The number of labels over all processes; the number of point tokens is kept for the second loss."""
@@ -97,6 +114,8 @@ class AlignmentTrainer(RecipeTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch on the device; where its point tokens stand is looked up before, so that the device is not waited for."""
         config: Any = self.accelerator.unwrap_model(self.model).config  # pyright: ignore
+        if self.cuda_graphs:
+            inputs = rounded_up(inputs, filler=0 if config.point_token_id else 1)
         placeholders = inputs["input_ids"] == config.point_token_id
         aligned = inputs["alignment_mask"].flatten().nonzero().flatten()
         found = {"point_positions": placeholders.flatten().nonzero().flatten(), "alignment_mask": aligned}
@@ -197,6 +216,7 @@ def build_trainer(
         target=recipe.alignment.target,
         packing=recipe.packing and not released,
         compile=recipe.compile,
+        cuda_graphs=recipe.cuda_graphs,
         batches=mixture(dataset, recipe),
         settings=recipe.optimizer,
         model=model,

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 Size = Literal["household", "paper", "tiny"]
 # Each benchmark's own number of repetitions is kept at the other sizes; a tiny run only shows that everything runs.
 TINY_STEPS = {"train_step": ["--steps", "2"], "train_stage": ["--steps", "5"], "train_stage_nf4": ["--steps", "5"]}
+RECORDED = ("--cuda-graphs", "--steps", "120", "--forbid-waiting")
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,12 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("train_step", "a fine-tuning step", "train_step.py"),
     Benchmark("train_stage", "a stretch of stage PointAlign", "train_stage.py", ("--forbid-waiting",)),
+    Benchmark("train_stage_graphs", "the same, decoder blocks recorded", "train_stage.py", RECORDED, ("paper",)),
     Benchmark(
         "train_stage_compiled",
-        "the same with compiled decoder blocks",
+        "the same, decoder blocks compiled and recorded",
         "train_stage.py",
-        ("--compile", "--forbid-waiting"),
+        ("--compile", *RECORDED),
         ("paper",),
     ),
     Benchmark(

@@ -9,7 +9,7 @@ Letters: S conversations, L the longest one, T tokens, H heads, G key heads, D w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -42,6 +42,34 @@ def packed_positions(lengths: Sequence[int]) -> dict[str, Any]:
         "cu_seq_lens_k": ends,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
+    }
+
+
+def rounded_up(batch: Mapping[str, Any], filler: int, multiple: int = 128) -> dict[str, Any]:
+    """A packed batch with few shapes: one more conversation of nothing fills it up, and no label or point token is in it.
+
+    Args:
+        batch: of packed conversations, with `input_ids`, `labels`, `alignment_mask` (1, T) and what `packed_positions` gives.
+        filler: the token that fills it up, not the point token.
+        multiple: of which T and the longest conversation's length become multiples.
+
+    Returns:
+        The batch, rounded; all else in it as it was.
+    """
+    count = batch["input_ids"].shape[1]
+    added, length = -count % multiple, batch["max_length_q"]
+    length += -length % multiple
+    ends = F.pad(batch["cu_seq_lens_q"], (0, 1), value=count + added)
+    return {
+        **batch,
+        "input_ids": F.pad(batch["input_ids"], (0, added), value=filler),
+        "labels": F.pad(batch["labels"], (0, added), value=-100),
+        "alignment_mask": F.pad(batch["alignment_mask"], (0, added), value=False),
+        "position_ids": torch.cat([batch["position_ids"], torch.arange(added).unsqueeze(0)], dim=1),
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": length,
+        "max_length_k": length,
     }
 
 

@@ -43,6 +43,15 @@ class PhiVariantConfig(PhiConfig):
     rms_norm_eps: float = 1e-6
 
 
+class PhiVariantNorm(nn.RMSNorm):
+    """An RMSNorm in its weight's own precision: PyTorch has no fused kernel for an input of another one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D), of the weight's type."""
+        assert self.weight is not None
+        return super().forward(x.to(self.weight.dtype))
+
+
 class PhiVariantAttention(nn.Module):
     """Causal attention with a fused query_key_value and a LayerNorm over each head's query and key."""
 
@@ -98,7 +107,7 @@ class PhiVariantDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = PhiVariantAttention(config, layer_idx)
         self.mlp = PhiMLP(config)
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.post_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_layernorm = PhiVariantNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:

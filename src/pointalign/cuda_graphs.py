@@ -1,0 +1,228 @@
+"""Decoder blocks as CUDA graphs: a training step's thousands of small launches become a few, so that no card waits for its host.
+
+What is recorded has fixed shapes and addresses, so batches are rounded up (`packing.rounded_up`) and each rounded shape is
+recorded once, when it comes for the second time. A stretch of blocks is recorded as one graph forward and one back; it ends where
+a hook reads a block's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from pointalign.decoder_blocks import find_decoder_layers
+
+# Shapes that are recorded; those that come later run as if nothing were recorded. Each keeps the gradients of what trains.
+MOST_SHAPES = 48
+
+
+class _Stretch(nn.Module):
+    """Blocks that run one after the other on what the first one gets; its hooks and theirs are left out.
+
+    Args:
+        blocks: in order.
+        forwards: their forward passes.
+        spec: how the tensors and constants of a call are put together.
+        constants: of a call, None where a tensor stands.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        forwards: Sequence[Callable[..., Any]],
+        spec: TreeSpec,
+        constants: Sequence[Any],
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.forwards, self.spec, self.constants = list(forwards), spec, list(constants)
+
+    def forward(self, hidden: Tensor, *tensors: Tensor) -> Tensor:
+        """Hidden states (B, L, D) to those behind the last block."""
+        given = iter(tensors)
+        leaves = [next(given) if constant is None else constant[0] for constant in self.constants]
+        kwargs = tree_unflatten(leaves, self.spec)
+        for forward in self.forwards:
+            hidden = forward(hidden, **kwargs)
+        return hidden
+
+
+class _Call:
+    """The arguments of a block's call beside the hidden states, taken apart."""
+
+    def __init__(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        leaves, self.spec = tree_flatten(kwargs)
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        shapes = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in (hidden, *self.tensors))
+        self.shape = (shapes, str(self.constants), str(self.spec))
+        self.plain = all(constant is None or isinstance(constant[0], _PLAIN) for constant in self.constants)
+
+    def same(self, other: _Call) -> bool:
+        """Whether another block is called with the very same tensors and the same constants."""
+        return self.shape[1:] == other.shape[1:] and all(
+            one is two for one, two in zip(self.tensors, other.tensors, strict=True)
+        )
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class _Shape:
+    """What is known of one shape of the first block's call: seen, recorded, or not to be recorded.
+
+    Attributes:
+        entering: the type of what entered each block, and whether it has a gradient.
+        graphs: by the number of a stretch's last block.
+        hopeless: nothing will be recorded.
+    """
+
+    def __init__(self) -> None:
+        self.entering: list[tuple[torch.dtype, bool]] = []
+        self.graphs: dict[int, Callable[..., Tensor]] = {}
+        self.hopeless = False
+
+
+class BlockRecorder:
+    """Runs a model's blocks, recorded where their shape has been recorded; see the module.
+
+    Args:
+        blocks: of the model, in order.
+        record: as `torch.cuda.make_graphed_callables`.
+        pool: of the graphs' memory, which all shapes share: a step goes forward and back before the next one begins.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], record: Callable[..., Any], pool: Any) -> None:
+        self.blocks, self.record, self.pool = list(blocks), record, pool
+        self.forwards = [block.forward for block in self.blocks]
+        self.shapes: dict[Any, _Shape] = {}
+        self.now: _Shape | None = None
+        self.first: _Call | None = None
+
+    def ends(self) -> list[int]:
+        """Numbers of the blocks whose output somebody reads, and of the last one."""
+        read = [number for number, block in enumerate(self.blocks) if block._forward_hooks]
+        return sorted({*read, len(self.blocks) - 1})
+
+    def run(self, number: int, hidden: Tensor, **kwargs: Any) -> Any:
+        """A block's forward pass."""
+        block, forward = self.blocks[number], self.forwards[number]
+        if not (block.training and torch.is_grad_enabled()):
+            return forward(hidden, **kwargs)
+        if number == 0:
+            self._begin(hidden, kwargs)
+        shape, first = self.now, self.first
+        if shape is None or first is None or shape.hopeless:
+            return forward(hidden, **kwargs)
+        if not shape.graphs:
+            shape.entering.append((hidden.dtype, hidden.requires_grad))
+            output = forward(hidden, **kwargs)
+            others = bool(block._forward_pre_hooks) or not first.same(_Call(hidden, kwargs))
+            shape.hopeless = others or not isinstance(output, Tensor) or output.shape != hidden.shape
+            return output
+        graph = shape.graphs.get(number)
+        return hidden if graph is None else graph(hidden, *first.tensors)
+
+    def _begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        self.first = _Call(hidden, kwargs)
+        key = (self.first.shape, tuple(self.ends()))
+        if not self.first.plain or (key not in self.shapes and len(self.shapes) == MOST_SHAPES):
+            self.now = None
+            return
+        self.now = self.shapes.setdefault(key, _Shape())
+        if len(self.now.entering) == len(self.blocks) and not self.now.graphs and not self.now.hopeless:
+            self._record(self.now, hidden, self.first)
+
+    def _record(self, shape: _Shape, hidden: Tensor, first: _Call) -> None:
+        ends = self.ends()
+        starts = [0, *(end + 1 for end in ends[:-1])]
+        stretches = tuple(
+            _Stretch(self.blocks[a : b + 1], self.forwards[a : b + 1], first.spec, first.constants)
+            for a, b in zip(starts, ends, strict=True)
+        )
+        tensors = [tensor.detach().clone() for tensor in first.tensors]
+        samples = tuple(
+            (hidden.detach().to(kind, copy=True).requires_grad_(has_gradient), *tensors)
+            for kind, has_gradient in (shape.entering[start] for start in starts)
+        )
+        device = hidden.device.type
+        with (
+            torch.random.fork_rng(devices=[hidden.device] if device == "cuda" else []),
+            _waiting_allowed(device),
+            # A weight's copy in bfloat16 must be made anew at each step.
+            torch.autocast(
+                device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
+            ),
+        ):
+            recorded = self.record(stretches, samples, allow_unused_input=True, pool=self.pool)
+        shape.graphs = dict(zip(ends, recorded, strict=True))
+
+
+@contextmanager
+def _waiting_allowed(device: str) -> Iterator[None]:
+    """Recording waits for the device, also where a training step must not."""
+    if device != "cuda":
+        yield
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextmanager
+def graphed_blocks(model: nn.Module, wanted: bool, record: Callable[..., Any] | None = None) -> Iterator[None]:
+    """While this lasts, the decoder blocks of any Hugging Face model are recorded, and trained as recorded.
+
+    Blocks that are called with other arguments than the first one, or with arguments that are neither tensors nor plain
+    values, run as ever. One step must go forward and back before the next one begins, and gradients must not be summed over
+    several: what is recorded writes them to the same place each time.
+
+    Args:
+        model: on a GPU; its blocks are found by their number.
+        wanted: False changes nothing.
+        record: in place of `torch.cuda.make_graphed_callables`.
+
+    Raises:
+        ConfigError: when the blocks cannot be found.
+    """
+    if not wanted:
+        yield
+        return
+    blocks = list(find_decoder_layers(model))
+    pool = torch.cuda.graph_pool_handle() if record is None else None
+    recorder = BlockRecorder(blocks, record or torch.cuda.make_graphed_callables, pool)
+    own = [block.__dict__.get("forward") for block in blocks]
+    for number, block in enumerate(blocks):
+        block.forward = _numbered(recorder, number)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def _numbered(recorder: BlockRecorder, number: int) -> Callable[..., Any]:
+    return lambda hidden_states, **kwargs: recorder.run(number, hidden_states, **kwargs)
+
+
+def why_not_graphed(device: str, processes: int, accumulation: int, packed: bool, checkpointing: bool) -> str | None:
+    """What keeps a run from being recorded, for people; None when nothing does."""
+    reasons = (
+        (device != "cuda", "there is no CUDA GPU"),
+        (processes > 1, "several processes train"),
+        (accumulation > 1, "gradients are summed over several batches"),
+        (not packed, "conversations are not packed, so that every step has another shape"),
+        (checkpointing, "activations are recomputed"),
+    )
+    return next((reason for holds, reason in reasons if holds), None)
