@@ -8,8 +8,8 @@
 
 Each procedure is a process of its own with the same weights and clouds; they take turns, so that a busy machine slows both.
 On a shared machine `speedup_in_cpu_seconds` is steadier. Before anything is timed they are held against each other on the
-first clouds: the same points sampled in the same order, the same neighbours (of equally near ones either), tokens that differ
-by at most 1e-4 of the largest; exit 1 if not.
+first clouds: the points that a loop with the same order of sums samples, neighbours as near but for rounding, and of the same
+groups tokens that differ by at most 1e-4 of the largest; exit 1 if not.
 
 The published procedure samples in a loop of torch, measures every centre against every point, runs 1x1 convolutions and
 normalisations one by one over all groups, and holds the attention of every token to every other one. All is float32.
@@ -39,7 +39,7 @@ from pointalign.models.point_encoder import PointEncoder, PointEncoderConfig
 from pointalign.run_folder import environment
 
 TARGETS = {"cpu": 1.5, "cuda": 5.0}
-TOLERANCE = 1e-4
+TOLERANCE, ROUNDING = 1e-4, 1e-6
 # Clouds of a round and rounds, on a CPU and on a GPU.
 ROUNDS = {
     "cpu": {"household": (16, 9), "paper": (2, 5), "tiny": (2, 3)},
@@ -53,6 +53,7 @@ POINTS = 8192
 def make(size: str, count: int) -> tuple[PointEncoder, Tensor]:
     """An encoder of a size with random weights and statistics, and random clouds in the unit ball."""
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # or a GPU would convolve with ten bits
     config, points = PointEncoderConfig(), POINTS
     if size == "household":
         settings = load_recipe("household-encoder").model
@@ -99,8 +100,14 @@ class Ours:
 class Published(Ours):
     """The same written out plainly, as the papers tell it (arXiv 2111.14819, section 3.1; arXiv 2603.00412)."""
 
-    def sampling(self, points: Tensor) -> Tensor:
-        """A loop of small steps."""
+    def sampling(self, points: Tensor, in_order: bool = False) -> Tensor:
+        """A loop of small steps.
+
+        Args:
+            points: (B, N, C).
+            in_order: add x, y and z one after the other; a GPU's own sum of three rounds otherwise, and chooses otherwise
+                where two points are nearly as far.
+        """
         xyz = points[..., :3]
         batch, count, _ = xyz.shape
         chosen = torch.zeros(batch, self.config.num_groups, dtype=torch.long, device=xyz.device)
@@ -109,7 +116,9 @@ class Published(Ours):
         for step in range(self.config.num_groups):
             chosen[:, step] = farthest
             centre = xyz[rows, farthest].unsqueeze(1)
-            distance = torch.minimum(distance, (xyz - centre).square().sum(dim=-1))
+            squares = (xyz - centre).square()
+            near = squares[..., 0] + squares[..., 1] + squares[..., 2] if in_order else squares.sum(dim=-1)
+            distance = torch.minimum(distance, near)
             farthest = distance.argmax(dim=-1)
         return chosen
 
@@ -170,13 +179,13 @@ def hold_against_each_other(encoder: PointEncoder, points: Tensor) -> dict[str, 
     """
     ours, published = Ours(encoder), Published(encoder)
     chosen = ours.sampling(points)
-    if not torch.equal(chosen, published.sampling(points)):
+    if not torch.equal(chosen, published.sampling(points, in_order=True)):
         raise SystemExit("the procedures sample other points")
-    (_, centers, near), (_, _, plain) = ours.grouping(points, chosen), published.grouping(points, chosen)
+    (groups, centers, near), (_, _, plain) = ours.grouping(points, chosen), published.grouping(points, chosen)
     distances = torch.cdist(centers, points[..., :3], compute_mode="donot_use_mm_for_euclid_dist")
-    if not torch.equal(distances.gather(2, near), distances.gather(2, plain)):
+    if not torch.allclose(distances.gather(2, near), distances.gather(2, plain), rtol=ROUNDING, atol=0):
         raise SystemExit("the procedures find other neighbours")
-    tokens, wanted = ours.whole(points), published.whole(points)
+    tokens, wanted = ours.whole(points), published.transformer(published.group_encoder(groups), centers)
     apart = ((tokens - wanted).abs().max() / wanted.abs().max()).item()
     if not apart <= TOLERANCE:
         raise SystemExit(f"the procedures' tokens are {apart:.1e} of the largest apart, more than {TOLERANCE:g}")

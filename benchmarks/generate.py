@@ -52,7 +52,7 @@ from pointalign.runs import quiet
 
 PUBLISHED_BATCH = 15
 # Objects of a round, rows of ours, longest answer, rounds. Source of 100 and 150: PointAlign (arXiv 2603.00412).
-DEFAULTS = {"household": (60, 60, 150, 3), "paper": (1536, 256, 100, 3), "tiny": (9, 4, 12, 2)}
+DEFAULTS = {"household": (60, 60, 150, 3), "paper": (1536, 512, 100, 3), "tiny": (9, 4, 12, 2)}
 NUM_LABELS = 40
 GROWTH = (1, 4, 16)
 

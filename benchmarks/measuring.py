@@ -89,8 +89,8 @@ class Worker:
         """
         line = self.process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
         if not line:
+            status = self.process.wait()  # it closes its output before it says why, and writes where reading begins
             self.errors.seek(0)
-            status = self.process.wait()
             raise SystemExit(
                 f"the {self.procedure} procedure ended early, exit status {status}:\n{self.errors.read()[-4000:]}"
             )

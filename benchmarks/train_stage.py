@@ -3,7 +3,7 @@
     python benchmarks/train_stage.py                          # household data, SmolLM2-135M
     python benchmarks/train_stage.py --size paper --steps 50  # random weights of the paper's sizes, on a GPU
     python benchmarks/train_stage.py --size paper --steps 100 --cuda-graphs    # recorded; --compile: fused kernels as well
-    python benchmarks/train_stage.py --size paper --quantize nf4               # on 4-bit weights
+    python benchmarks/train_stage.py --size paper --quantize nf4 --gradient-checkpointing    # 4-bit weights, on a small card
     python benchmarks/train_stage.py --times 4                # four times the conversations a step
     python benchmarks/train_stage.py --size tiny --steps 4    # the same path in seconds
 
@@ -125,6 +125,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         os.environ["POINTALIGN_CACHE"] = str(folder / "cache")
         recipe.precision, recipe.packing = options.precision, options.packing
         recipe.compile, recipe.cuda_graphs = options.compile, options.cuda_graphs
+        recipe.gradient_checkpointing = options.gradient_checkpointing
         recipe.logging_steps = min(options.steps, 10)
         for kind in recipe.data.sets:
             kind.batch_size *= options.times
@@ -171,6 +172,7 @@ def told(
         "compile": recipe.compile,
         "cuda_graphs": recipe.cuda_graphs,
         "quantize": options.quantize,
+        "gradient_checkpointing": recipe.gradient_checkpointing,
         "precision": "bf16" if bf16 else "fp32",
         "tokens_per_step": round(statistics.mean(work.tokens[first:])),
         "seconds_per_step": round(statistics.median(seconds), 4),
@@ -196,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--cuda-graphs", action="store_true", help="on a GPU: record the decoder blocks' launches")
     parser.add_argument("--quantize", choices=["nf4", "int8"], help="of the frozen language model's matrices")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations on the way back")
     parser.add_argument("--forbid-waiting", action="store_true", help="on a GPU: end when a step waits for it")
     options = parser.parse_args(arguments)
     if options.steps < 5:

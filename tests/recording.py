@@ -1,4 +1,4 @@
-"""What `torch.cuda.make_graphed_callables` promises, on a CPU: fixed buffers in, fixed buffers out, nothing else is looked at."""
+"""What `torch.cuda.make_graphed_callables` promises, on a CPU: fixed buffers in and out, nothing else is looked at."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Recorded:
         return tuple(self._replayed(one, tuple(sample)) for one, sample in zip(callables, samples, strict=True))
 
     def _replayed(self, module: nn.Module, buffers: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-        weights = tuple(module.parameters())
+        weights, mixed = tuple(module.parameters()), torch.is_autocast_enabled("cpu")
         surface = [tensor for tensor in (*buffers, *weights) if tensor.requires_grad]
         told = self
 
@@ -37,7 +37,7 @@ class Recorded:
                 for buffer, given in zip(buffers, inputs, strict=False):
                     assert (buffer.shape, buffer.dtype) == (given.shape, given.dtype)
                     buffer.data.copy_(given)  # as a card does, behind autograd's back
-                with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+                with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, mixed, cache_enabled=False):
                     ctx.output = module(*buffers)
                 return ctx.output.detach()
 

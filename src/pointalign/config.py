@@ -251,8 +251,8 @@ class Recipe:
     compile: bool = False
     """Compile the decoder blocks in the first step, a minute or so; later steps take less time. Pays in long runs."""
     cuda_graphs: bool = False
-    """On one GPU: record the decoder blocks' launches once for each rounded size of a step and send them off together, where the
-    host is slower than the card. Takes some seconds when training begins, and memory for each size."""
+    """On one GPU: record the decoder blocks' launches once for each rounded size of a step and send them off together, where
+    the host is slower than the card. Takes some seconds when training begins, and memory for each size."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     fsdp: bool = False

@@ -1,8 +1,8 @@
-"""Decoder blocks as CUDA graphs: a training step's thousands of small launches become a few, so that no card waits for its host.
+"""Decoder blocks as CUDA graphs: a step's thousands of small launches become a few, so that no card waits for its host.
 
 What is recorded has fixed shapes and addresses, so batches are rounded up (`packing.rounded_up`) and each rounded shape is
-recorded once, when it comes for the second time. A stretch of blocks is recorded as one graph forward and one back; it ends where
-a hook reads a block's output.
+recorded once, when it comes for the second time. A stretch of blocks is recorded as one graph forward and one back; it ends
+where a hook reads a block's output.
 """
 
 from __future__ import annotations
@@ -118,10 +118,12 @@ class BlockRecorder:
             self._begin(hidden, kwargs)
         shape, first = self.now, self.first
         if shape is None or first is None or shape.hopeless:
-            return forward(hidden, **kwargs)
+            with _casting_anew(hidden.device):
+                return forward(hidden, **kwargs)
         if not shape.graphs:
             shape.entering.append((hidden.dtype, hidden.requires_grad))
-            output = forward(hidden, **kwargs)
+            with _casting_anew(hidden.device):
+                output = forward(hidden, **kwargs)
             others = bool(block._forward_pre_hooks) or not first.same(_Call(hidden, kwargs))
             shape.hopeless = others or not isinstance(output, Tensor) or output.shape != hidden.shape
             return output
@@ -150,23 +152,25 @@ class BlockRecorder:
             (hidden.detach().to(kind, copy=True).requires_grad_(has_gradient), *tensors)
             for kind, has_gradient in (shape.entering[start] for start in starts)
         )
-        device = hidden.device.type
-        with (
-            torch.random.fork_rng(devices=[hidden.device] if device == "cuda" else []),
-            _waiting_allowed(device),
-            # A weight's copy in bfloat16 must be made anew at each step.
-            torch.autocast(
-                device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
-            ),
-        ):
+        devices = [hidden.device] if hidden.is_cuda else []
+        with torch.random.fork_rng(devices), _waiting_allowed(hidden.device), _casting_anew(hidden.device):
             recorded = self.record(stretches, samples, allow_unused_input=True, pool=self.pool)
         shape.graphs = dict(zip(ends, recorded, strict=True))
 
 
+def _casting_anew(device: torch.device) -> Any:
+    """Autocast as it is, but a weight's copy in bfloat16 is made anew each time: a recorded one must be made at each step.
+
+    Compiled blocks see to it that this is always the same, so it holds for blocks that are not recorded too.
+    """
+    kind = device.type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False)
+
+
 @contextmanager
-def _waiting_allowed(device: str) -> Iterator[None]:
+def _waiting_allowed(device: torch.device) -> Iterator[None]:
     """Recording waits for the device, also where a training step must not."""
-    if device != "cuda":
+    if device.type != "cuda":
         yield
         return
     mode = torch.cuda.get_sync_debug_mode()

@@ -54,13 +54,26 @@ def compiled_blocks(model: nn.Module, wanted: bool) -> Iterator[None]:
         ConfigError: when the blocks cannot be found.
     """
     blocks: Any = find_decoder_layers(model) if wanted else []
-    for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=True)
+    for number, block in enumerate(blocks):
+        compiled = torch.compile(block.forward, dynamic=True)
+        block.forward = compiled if number else _as_inner(compiled)
     try:
         yield
     finally:
         for block in blocks:
             del block.forward
+
+
+def _as_inner(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The first block called as the others are, with a tensor of its own that has a gradient: else it is compiled apart."""
+
+    def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
+        own = hidden_states.clone()
+        if torch.is_grad_enabled() and not own.requires_grad:
+            own.requires_grad_()
+        return compiled(own, **kwargs)
+
+    return forward
 
 
 @contextmanager

@@ -44,12 +44,12 @@ class PhiVariantConfig(PhiConfig):
 
 
 class PhiVariantNorm(nn.RMSNorm):
-    """An RMSNorm in its weight's own precision: PyTorch has no fused kernel for an input of another one."""
+    """An RMSNorm in its weight's own precision, for which PyTorch has a fused kernel, of the input's type as all norms here."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D), of the weight's type."""
+        """(..., D) to (..., D)."""
         assert self.weight is not None
-        return super().forward(x.to(self.weight.dtype))
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class PhiVariantAttention(nn.Module):
