@@ -119,8 +119,9 @@ def _farthest_in_steps(xyz: Tensor, num_samples: int, start: int) -> Tensor:
 def k_nearest_neighbors(queries: Tensor, xyz: Tensor, k: int) -> Tensor:
     """Indices of the k points nearest to each query, nearest first.
 
-    Distances are taken by differences, not by the expanded square, so that near points are not confused by rounding. On a
-    CPU, of equally near points those with the lowest index are taken, in that order; elsewhere which of them is left open.
+    Distances are taken by differences, not by the expanded square, so that near points are not confused by rounding. Of
+    equally near points those with the lowest index are taken, in that order; on a device without Triton, and of clouds too
+    large for its kernel, which of them is left open.
 
     Args:
         queries: (B, G, 3).
@@ -138,6 +139,11 @@ def k_nearest_neighbors(queries: Tensor, xyz: Tensor, k: int) -> Tensor:
     queries, xyz = queries.detach().float(), xyz.detach().float()
     if xyz.device.type == "cpu":
         return torch.from_numpy(nearest_points(queries.numpy(), xyz.numpy(), k))
+    if _kernel_runs(xyz.device):
+        from pointalign.kernels import MOST_POINTS, choose_nearest
+
+        if xyz.shape[1] <= MOST_POINTS:
+            return choose_nearest(queries, xyz, k)
     return _nearest_in_pieces(queries, xyz, k)
 
 

@@ -1,7 +1,7 @@
-"""Farthest point sampling as one Triton kernel: a program for each cloud, one launch for all steps of a batch.
+"""Farthest points and nearest neighbours as Triton kernels, each one launch for a whole batch.
 
-`geometry.farthest_point_sample` imports this on a GPU alone. With TRITON_INTERPRET=1 set before the import the same kernel
-runs on tensors of a CPU, slowly, which is how it is tested where there is no GPU.
+`geometry` imports this on a GPU alone. With TRITON_INTERPRET=1 set before the import the same kernels run on tensors of a
+CPU, slowly, which is how they are tested where there is no GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch import Tensor
 # Points that a program works on at a time, and its warps: 8 points for each of 512 threads.
 TILE = 4096
 WARPS = 16
+# Points of a cloud whose distances a program keeps in registers while it chooses neighbours, and its warps.
+MOST_POINTS = 16_384
+NEIGHBOR_WARPS = 8
 
 
 @triton.jit(do_not_specialize=["start"])  # 1 would become a constant, which a loop cannot carry
@@ -73,3 +76,50 @@ def choose_farthest(xyz: Tensor, num_samples: int, start: int = 0) -> Tensor:
         launch = _choose[(batch,)]  # pyright: ignore[reportIndexIssue]
         launch(columns, nearest, chosen, count, num_samples, start, TILE=tile, num_warps=WARPS, enable_fp_fusion=False)
     return chosen
+
+
+@triton.jit
+def _choose_near(queries, xyz, found, num_queries, count, k, TILE: tl.constexpr):
+    """queries (B, 3, G), xyz (B, 3, N), found (B, G, k)."""
+    cloud = tl.program_id(0).to(tl.int64)
+    query = tl.program_id(1)
+    queries += cloud * 3 * num_queries + query
+    xyz += cloud * 3 * count
+    found += (cloud * num_queries + query) * k
+    lanes = tl.arange(0, TILE)
+    inside = lanes < count
+    dx = tl.load(xyz + lanes, mask=inside, other=0.0) - tl.load(queries)
+    dy = tl.load(xyz + count + lanes, mask=inside, other=0.0) - tl.load(queries + num_queries)
+    dz = tl.load(xyz + 2 * count + lanes, mask=inside, other=0.0) - tl.load(queries + 2 * num_queries)
+    # Infinity is for points that are chosen already.
+    distance = tl.minimum(dx * dx + dy * dy + dz * dz, 3.0e38)
+    distance = tl.where(inside, distance, float("inf"))
+    for step in range(k):
+        best = tl.min(distance, axis=0)
+        index = tl.min(tl.where(distance == best, lanes, TILE), axis=0)
+        tl.store(found + step, index.to(tl.int64))
+        distance = tl.where(lanes == index, float("inf"), distance)
+
+
+def choose_nearest(queries: Tensor, xyz: Tensor, k: int) -> Tensor:
+    """`geometry.k_nearest_neighbors` on a GPU, with the same choice in the same order as on a CPU, bit for bit.
+
+    Args:
+        queries: (B, G, 3) float32 coordinates, finite.
+        xyz: (B, N, 3) float32 coordinates, finite, N at most `MOST_POINTS`.
+        k: number of neighbours, 1 <= k <= N.
+
+    Returns:
+        (B, G, k) int64 indices into N, the nearest first and of equally near ones the lowest.
+    """
+    batch, count = xyz.shape[:2]
+    columns, centers = (tensor.detach().transpose(1, 2).contiguous() for tensor in (xyz, queries))
+    num_queries = queries.shape[1]
+    found = torch.empty((batch, num_queries, k), dtype=torch.long, device=xyz.device)
+    tile = max(triton.next_power_of_2(count), 16)
+    with torch.cuda.device_of(xyz):
+        launch = _choose_near[(batch, num_queries)]  # pyright: ignore[reportIndexIssue]
+        launch(
+            centers, columns, found, num_queries, count, k, TILE=tile, num_warps=NEIGHBOR_WARPS, enable_fp_fusion=False
+        )
+    return found
