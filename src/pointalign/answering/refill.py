@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from pointalign.answering.cache import roomy_cache
+
 # Settings of `generate` that change nothing in a greedy answer, or that are honoured here. With any other one
 # transformers' own loop answers.
 UNDERSTOOD = {
@@ -100,7 +102,7 @@ class _Prompts:
         length = int(shared.int().cumprod(dim=0).sum())
         if not length or len(self.ids) == 1:
             return None
-        cache = DynamicCache(config=self.model.config.text_config)
+        cache = roomy_cache(self.model.config.text_config)
         self.model(
             input_ids=begin[:1, :length], point_tokens=None, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
@@ -118,7 +120,7 @@ class _Prompts:
         Returns:
             The cache; (rows, columns) the mask with the rest; (rows, longest rest, D_llm).
         """
-        cache = DynamicCache(config=self.model.config.text_config)
+        cache = roomy_cache(self.model.config.text_config)
         known = 0 if self.prefix is None else self.prefix.get_seq_length()
         if self.prefix is not None:
             for index, layer in enumerate(self.prefix.layers):
