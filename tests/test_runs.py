@@ -468,3 +468,12 @@ def test_what_cannot_be_recorded_is_told_and_trained_all_the_same(
     train(replace(tiny_recipe(start), cuda_graphs=True), tmp_path / "run")
     assert "cuda_graphs does nothing here: there is no CUDA GPU" in capsys.readouterr().err
     assert_same(final_weights(unbroken), final_weights(tmp_path / "run"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_records_what_it_computes(start: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(start, lora={"rank": 2, "alpha": 4, "dropout": 0.0})
+    recipe.optimizer.max_steps = 12
+    train(recipe, tmp_path / "plain")
+    train(replace(recipe, cuda_graphs=True), tmp_path / "recorded")
+    assert_same(final_weights(tmp_path / "plain"), final_weights(tmp_path / "recorded"), tolerance=1e-4)
