@@ -27,8 +27,15 @@ class Recorded:
 
     def _replayed(self, module: nn.Module, buffers: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         weights, mixed = tuple(module.parameters()), torch.is_autocast_enabled("cpu")
+        kept: dict[int, Tensor] = {}
         surface = [tensor for tensor in (*buffers, *weights) if tensor.requires_grad]
         told = self
+
+        def in_place(number: int, value: Tensor) -> Tensor:
+            """In the same memory at every replay."""
+            place = kept.setdefault(number, torch.empty_like(value))
+            place.data.copy_(value.detach())
+            return place.detach()
 
         class Replay(torch.autograd.Function):
             @staticmethod
@@ -39,11 +46,12 @@ class Recorded:
                     buffer.data.copy_(given)  # as a card does, behind autograd's back
                 with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, mixed, cache_enabled=False):
                     ctx.output = module(*buffers)
-                return ctx.output.detach()
+                return in_place(-1, ctx.output)
 
             @staticmethod
             def backward(ctx: Any, *gradients: Tensor) -> Any:
-                found = iter(torch.autograd.grad(ctx.output, surface, gradients[0], allow_unused=True))
-                return tuple(next(found) if tensor.requires_grad else None for tensor in (*buffers, *weights))
+                found = torch.autograd.grad(ctx.output, surface, gradients[0], allow_unused=True)
+                placed = iter([value if value is None else in_place(n, value) for n, value in enumerate(found)])
+                return tuple(next(placed) if tensor.requires_grad else None for tensor in (*buffers, *weights))
 
         return lambda *inputs: Replay.apply(*inputs, *weights)

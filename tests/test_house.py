@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "alignment": {"decoder_blocks", "errors"},
     "decoder_blocks": {"errors"},
-    "cuda_graphs": {"decoder_blocks", "errors"},
+    "cuda_graphs": {"decoder_blocks", "errors", "progress"},
     "config": {"errors", "conversion"},
     "conversion": {"errors"},
     "progress": {"errors"},

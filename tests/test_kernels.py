@@ -119,7 +119,7 @@ def test_the_kernels_compile_for_real_cards_and_round_as_a_cpu_does(tmp_path):
 def test_where_triton_does_not_run_the_steps_are_taken_one_by_one(monkeypatch):
     """A device that calls itself CUDA without being it: the kernel's trial fails, once and with a word."""
     geometry._kernel_runs.cache_clear()
-    with pytest.warns(UserWarning, match="farthest point sampling goes step by step, Triton does not run here: "):
+    with pytest.warns(UserWarning, match="clouds are sampled and grouped step by step, Triton does not run here: "):
         assert not geometry._kernel_runs(torch.device("cuda:99"))
     assert not geometry._kernel_runs(torch.device("cuda:99"))
     assert not geometry._kernel_runs(torch.device("mps"))

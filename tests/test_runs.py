@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pointalign.config import ModelSettings, Recipe, from_dict, load_recipe
-from pointalign.errors import ConfigError
+from pointalign.errors import ConfigError, DataError
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
 from pointalign.run_folder import RunFolder
@@ -103,6 +103,7 @@ def start_command(arguments: list[str], cache: Path, **environment: str) -> subp
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "POINTALIGN_CACHE": str(cache), "OMP_NUM_THREADS": "1", **environment},
+        start_new_session=True,
     )
 
 
@@ -199,6 +200,23 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on_from_it(
     assert_same(final_weights(unbroken), final_weights(run))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_run_stops_it_with_a_checkpoint(
+    start: Path, cache: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    recipe = tiny_recipe(start, workers=2)
+    recipe.data.augment, recipe.optimizer.max_steps = True, 2000
+    process = start_command(
+        ["train", str(write_recipe(recipe, tmp_path / "r.yaml")), "--out", str(tmp_path / "run")], cache
+    )
+    wait_for(lambda: len(RunFolder(tmp_path / "run").metrics()) >= 1, process)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "add --resume to go on" in errors.splitlines()[-1]
+    assert RunFolder(tmp_path / "run").last_checkpoint() is not None
+
+
 def test_a_checkpoint_cut_short_is_passed_over(unbroken: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for step, state in ((3, '{"global_step": 3}'), (6, '{"global_st')):
@@ -283,6 +301,17 @@ def test_batches_that_other_processes_prepare_are_the_same(start: Path, tmp_path
     train(recipe, tmp_path / "alone")
     train(replace(recipe, workers=2), tmp_path / "helped")
     assert_same(final_weights(tmp_path / "alone"), final_weights(tmp_path / "helped"))
+
+
+def test_what_a_worker_cannot_read_is_one_line(start: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def broken(*given: Any) -> Any:
+        raise DataError("object x has no cloud; leave it out")
+
+    monkeypatch.setattr("pointalign.augmentation.augment", broken)
+    recipe = replace(tiny_recipe(start), workers=1)
+    recipe.data.augment = True
+    with pytest.raises(DataError, match="^object x has no cloud; leave it out$"):
+        train(recipe, tmp_path / "run")
 
 
 def test_workers_that_are_none_are_refused(start: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -443,16 +472,19 @@ def test_a_compiled_run_is_the_plain_one(
         assert [line[loss] for line in compiled] == pytest.approx([line[loss] for line in plain], rel=2e-4)
 
 
-@pytest.mark.parametrize("layers", [[2], [1, 2]])
+ALL_PARTS = ["connector", "language_model_lora", "language_model_norms"]
+
+
+@pytest.mark.parametrize(("layers", "trains"), [([2], ALL_PARTS[1:]), ([1, 2], ALL_PARTS)])
 def test_recorded_blocks_train_to_the_same_weights(
-    layers: list[int], start: Path, cache: Path, tmp_path: Path, monkeypatch: Any
+    layers: list[int], trains: list[str], start: Path, cache: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Rounded batches, stretches that end where the alignment loss reads, gradients through buffers: nothing changes."""
-    recipe = tiny_recipe(start, lora={"rank": 2, "alpha": 4, "dropout": 0.0})
+    recipe = tiny_recipe(start, lora={"rank": 2, "alpha": 4, "dropout": 0.0}, trains=trains)
     recipe.alignment.layers, recipe.optimizer.max_steps = layers, 12
     train(recipe, tmp_path / "plain")
     recorded = Recorded()
-    monkeypatch.setattr("pointalign.training.why_not_graphed", lambda *given: None)
+    monkeypatch.setattr("pointalign.training.why_not_graphed", lambda *given, **named: None)
     monkeypatch.setattr("torch.cuda.make_graphed_callables", recorded)
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     train(replace(recipe, cuda_graphs=True), tmp_path / "recorded")
@@ -471,9 +503,17 @@ def test_what_cannot_be_recorded_is_told_and_trained_all_the_same(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_records_what_it_computes(start: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(start, lora={"rank": 2, "alpha": 4, "dropout": 0.0})
+def test_a_gpu_records_what_it_computes(start: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    recipe = tiny_recipe(start, lora={"rank": 2, "alpha": 4, "dropout": 0.0}, trains=ALL_PARTS)
     recipe.optimizer.max_steps = 12
     train(recipe, tmp_path / "plain")
+    recordings, record = [], torch.cuda.make_graphed_callables
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        recordings.append(1)
+        return record(*args, **kwargs)
+
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", counted)
     train(replace(recipe, cuda_graphs=True), tmp_path / "recorded")
+    assert recordings, "some shape came twice"
     assert_same(final_weights(tmp_path / "plain"), final_weights(tmp_path / "recorded"), tolerance=1e-4)

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from pointalign.decoder_blocks import find_decoder_layers
+from pointalign.decoder_blocks import find_decoder_layers, restore_forward
+from pointalign.errors import PointAlignError
+from pointalign.progress import say
 
-# Shapes that are recorded; those that come later run as if nothing were recorded. Each keeps the gradients of what trains.
-MOST_SHAPES = 48
+# Shapes that are recorded at most, and the share of the device's memory that their gradients may take: each keeps a gradient
+# of everything that trains. What comes later runs as if nothing were recorded.
+MOST_SHAPES, GRADIENTS_SHARE = 48, 0.15
 
 
 class _Stretch(nn.Module):
@@ -61,7 +64,10 @@ class _Call:
         self.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         shapes = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in (hidden, *self.tensors))
         self.shape = (shapes, str(self.constants), str(self.spec))
-        self.plain = all(constant is None or isinstance(constant[0], _PLAIN) for constant in self.constants)
+        values = (constant[0] for constant in self.constants if constant is not None)
+        self.plain = all(isinstance(value, _PLAIN) for value in values) and not any(
+            t.requires_grad for t in self.tensors
+        )
 
     def same(self, other: _Call) -> bool:
         """Whether another block is called with the very same tensors and the same constants."""
@@ -100,45 +106,71 @@ class BlockRecorder:
     def __init__(self, blocks: Sequence[nn.Module], record: Callable[..., Any], pool: Any) -> None:
         self.blocks, self.record, self.pool = list(blocks), record, pool
         self.forwards = [block.forward for block in self.blocks]
+        self.most = self._most_shapes()
         self.shapes: dict[Any, _Shape] = {}
         self.now: _Shape | None = None
         self.first: _Call | None = None
+        self.last: Tensor | None = None
+        self.told: set[str] = set()
+
+    def _most_shapes(self) -> int:
+        weights = [weight for block in self.blocks for weight in block.parameters() if weight.requires_grad]
+        if not weights or not weights[0].is_cuda:
+            return MOST_SHAPES
+        room = GRADIENTS_SHARE * torch.cuda.get_device_properties(weights[0].device).total_memory
+        return min(MOST_SHAPES, int(room / sum(weight.nbytes for weight in weights)))
+
+    def tell(self, what: str) -> None:
+        """Say something, once."""
+        if what not in self.told:
+            self.told.add(what)
+            say(f"cuda_graphs: {what}")
 
     def ends(self) -> list[int]:
         """Numbers of the blocks whose output somebody reads, and of the last one."""
         read = [number for number, block in enumerate(self.blocks) if block._forward_hooks]
         return sorted({*read, len(self.blocks) - 1})
 
-    def run(self, number: int, hidden: Tensor, **kwargs: Any) -> Any:
+    def run(self, number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """A block's forward pass."""
         block, forward = self.blocks[number], self.forwards[number]
         if not (block.training and torch.is_grad_enabled()):
-            return forward(hidden, **kwargs)
+            return forward(hidden, *args, **kwargs)
         if number == 0:
-            self._begin(hidden, kwargs)
+            self._begin(hidden, args, kwargs)
         shape, first = self.now, self.first
         if shape is None or first is None or shape.hopeless:
             with _casting_anew(hidden.device):
-                return forward(hidden, **kwargs)
+                return forward(hidden, *args, **kwargs)
         if not shape.graphs:
+            alike = not args and first.same(_Call(hidden, kwargs)) and not block._forward_pre_hooks
+            alike = alike and (number == 0 or hidden is self.last)
             shape.entering.append((hidden.dtype, hidden.requires_grad))
             with _casting_anew(hidden.device):
-                output = forward(hidden, **kwargs)
-            others = bool(block._forward_pre_hooks) or not first.same(_Call(hidden, kwargs))
-            shape.hopeless = others or not isinstance(output, Tensor) or output.shape != hidden.shape
+                output = forward(hidden, *args, **kwargs)
+            shape.hopeless = not alike or not isinstance(output, Tensor) or output.shape != hidden.shape
+            if shape.hopeless:
+                self.tell(
+                    "nothing is recorded, this model's blocks do not simply follow each other with the same arguments"
+                )
+            self.last = None if shape.hopeless else output
             return output
         graph = shape.graphs.get(number)
         return hidden if graph is None else graph(hidden, *first.tensors)
 
-    def _begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        self.first = _Call(hidden, kwargs)
-        key = (self.first.shape, tuple(self.ends()))
-        if not self.first.plain or (key not in self.shapes and len(self.shapes) == MOST_SHAPES):
-            self.now = None
+    def _begin(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.now, self.first = None, _Call(hidden, kwargs)
+        if args or not self.first.plain:
+            self.tell("nothing is recorded, this model's blocks are called with what cannot be")
             return
-        self.now = self.shapes.setdefault(key, _Shape())
-        if len(self.now.entering) == len(self.blocks) and not self.now.graphs and not self.now.hopeless:
+        self.now = self.shapes.setdefault((self.first.shape, tuple(self.ends())), _Shape())
+        if self.now.graphs or self.now.hopeless or len(self.now.entering) < len(self.blocks):
+            return
+        if sum(bool(shape.graphs) for shape in self.shapes.values()) < self.most:
             self._record(self.now, hidden, self.first)
+        else:
+            self.tell(f"{self.most} shapes are recorded, others are not any more")
+            self.now = None
 
     def _record(self, shape: _Shape, hidden: Tensor, first: _Call) -> None:
         ends = self.ends()
@@ -154,7 +186,13 @@ class BlockRecorder:
         )
         devices = [hidden.device] if hidden.is_cuda else []
         with torch.random.fork_rng(devices), _waiting_allowed(hidden.device), _casting_anew(hidden.device):
-            recorded = self.record(stretches, samples, allow_unused_input=True, pool=self.pool)
+            try:
+                recorded = self.record(stretches, samples, allow_unused_input=True, pool=self.pool)
+            except RuntimeError as error:  # the card's memory is full, or a block waits for it
+                raise PointAlignError(
+                    f"the decoder blocks cannot be recorded ({str(error).splitlines()[0]}); go on without: add "
+                    "--no-cuda-graphs and --resume"
+                ) from error
         shape.graphs = dict(zip(ends, recorded, strict=True))
 
 
@@ -185,8 +223,8 @@ def _waiting_allowed(device: torch.device) -> Iterator[None]:
 def graphed_blocks(model: nn.Module, wanted: bool, record: Callable[..., Any] | None = None) -> Iterator[None]:
     """While this lasts, the decoder blocks of any Hugging Face model are recorded, and trained as recorded.
 
-    Blocks that are called with other arguments than the first one, or with arguments that are neither tensors nor plain
-    values, run as ever. One step must go forward and back before the next one begins, and gradients must not be summed over
+    Blocks that do not simply follow each other, called with the same tensors and plain values by name, run as ever, which is
+    said. One step must go forward and back before the next one begins, and gradients must not be summed over
     several: what is recorded writes them to the same place each time.
 
     Args:
@@ -196,6 +234,7 @@ def graphed_blocks(model: nn.Module, wanted: bool, record: Callable[..., Any] | 
 
     Raises:
         ConfigError: when the blocks cannot be found.
+        PointAlignError: when they cannot be recorded.
     """
     if not wanted:
         yield
@@ -210,23 +249,32 @@ def graphed_blocks(model: nn.Module, wanted: bool, record: Callable[..., Any] | 
         yield
     finally:
         for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
+            restore_forward(block, forward)
 
 
 def _numbered(recorder: BlockRecorder, number: int) -> Callable[..., Any]:
-    return lambda hidden_states, **kwargs: recorder.run(number, hidden_states, **kwargs)
+    return lambda hidden_states, *args, **kwargs: recorder.run(number, hidden_states, *args, **kwargs)
 
 
-def why_not_graphed(device: str, processes: int, accumulation: int, packed: bool, checkpointing: bool) -> str | None:
-    """What keeps a run from being recorded, for people; None when nothing does."""
+def why_not_graphed(
+    device: str, processes: int, accumulation: int, packed: bool, checkpointing: bool, trains: bool
+) -> str | None:
+    """What keeps a run from being recorded, for people; None when nothing does.
+
+    Args:
+        device: that computes.
+        processes: that train.
+        accumulation: batches of a step.
+        packed: whether conversations are laid end to end.
+        checkpointing: whether activations are recomputed.
+        trains: whether anything in the language model does.
+    """
     reasons = (
         (device != "cuda", "there is no CUDA GPU"),
         (processes > 1, "several processes train"),
         (accumulation > 1, "gradients are summed over several batches"),
         (not packed, "conversations are not packed, so that every step has another shape"),
         (checkpointing, "activations are recomputed"),
+        (not trains, "the language model is frozen"),
     )
     return next((reason for holds, reason in reasons if holds), None)

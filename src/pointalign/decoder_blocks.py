@@ -54,24 +54,33 @@ def compiled_blocks(model: nn.Module, wanted: bool) -> Iterator[None]:
         ConfigError: when the blocks cannot be found.
     """
     blocks: Any = find_decoder_layers(model) if wanted else []
+    own = [block.__dict__.get("forward") for block in blocks]
     for number, block in enumerate(blocks):
         compiled = torch.compile(block.forward, dynamic=True)
         block.forward = compiled if number else _as_inner(compiled)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in zip(blocks, own, strict=True):
+            restore_forward(block, forward)
+
+
+def restore_forward(block: nn.Module, own: Callable[..., Any] | None) -> None:
+    """Give a block back the forward pass that lay in its own namespace, or its class's."""
+    if own is None:
+        del block.forward
+    else:
+        block.forward = own
 
 
 def _as_inner(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The first block called as the others are, with a tensor of its own that has a gradient: else it is compiled apart."""
 
-    def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         own = hidden_states.clone()
         if torch.is_grad_enabled() and not own.requires_grad:
             own.requires_grad_()
-        return compiled(own, **kwargs)
+        return compiled(own, *args, **kwargs)
 
     return forward
 

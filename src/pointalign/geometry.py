@@ -90,13 +90,14 @@ def _kernel_runs(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        from pointalign.kernels import choose_farthest
+        from pointalign.kernels import choose_farthest, choose_nearest
 
         line = torch.arange(5.0, device=device).view(1, 5, 1).expand(-1, -1, 3)
-        return choose_farthest(line, 3, 1).tolist() == [[1, 4, 0]]
+        near = choose_nearest(line[:, 3:], line, 2).tolist()
+        return choose_farthest(line, 3, 1).tolist() == [[1, 4, 0]] and near == [[[3, 2], [4, 3]]]
     except Exception as error:  # no Triton, no compiler, a card too old: each says so in its own way
         told = (str(error).splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"farthest point sampling goes step by step, Triton does not run here: {told}", stacklevel=4)
+        warnings.warn(f"clouds are sampled and grouped step by step, Triton does not run here: {told}", stacklevel=4)
         return False
 
 
@@ -132,7 +133,7 @@ def k_nearest_neighbors(queries: Tensor, xyz: Tensor, k: int) -> Tensor:
         (B, G, k) int64 indices into N.
 
     Raises:
-        DataError: when the cloud has fewer than k points, or coordinates that are not finite.
+        DataError: when the cloud has fewer than k points, or on a CPU coordinates that are not finite.
     """
     if not 1 <= k <= xyz.shape[1]:
         raise DataError(f"cannot find {k} neighbours in a cloud of {xyz.shape[1]} points; give a larger cloud")

@@ -81,8 +81,8 @@ def choose_farthest(xyz: Tensor, num_samples: int, start: int = 0) -> Tensor:
 @triton.jit
 def _choose_near(queries, xyz, found, num_queries, count, k, TILE: tl.constexpr):
     """queries (B, 3, G), xyz (B, 3, N), found (B, G, k)."""
-    cloud = tl.program_id(0).to(tl.int64)
-    query = tl.program_id(1)
+    query = tl.program_id(0)
+    cloud = tl.program_id(1).to(tl.int64)
     queries += cloud * 3 * num_queries + query
     xyz += cloud * 3 * count
     found += (cloud * num_queries + query) * k
@@ -118,7 +118,7 @@ def choose_nearest(queries: Tensor, xyz: Tensor, k: int) -> Tensor:
     found = torch.empty((batch, num_queries, k), dtype=torch.long, device=xyz.device)
     tile = max(triton.next_power_of_2(count), 16)
     with torch.cuda.device_of(xyz):
-        launch = _choose_near[(batch, num_queries)]  # pyright: ignore[reportIndexIssue]
+        launch = _choose_near[(num_queries, batch)]  # pyright: ignore[reportIndexIssue]
         launch(
             centers, columns, found, num_queries, count, k, TILE=tile, num_warps=NEIGHBOR_WARPS, enable_fp_fusion=False
         )

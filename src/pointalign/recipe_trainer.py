@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -77,25 +80,40 @@ class RecipeTrainer(Trainer):
         """Batches of this process; sharded here, because the batches of a mixture differ in size."""
         count = self.settings.max_steps * self.settings.gradient_accumulation
         sampler = self.batches(count, self.args.process_index, self.args.world_size)
+        workers = self.args.dataloader_num_workers
         return DataLoader(
             self.train_dataset,  # pyright: ignore[reportArgumentType]
             batch_sampler=sampler,
             collate_fn=self.data_collator,
-            pin_memory=self.args.device.type == "cuda",
-            num_workers=self.args.dataloader_num_workers,
+            # With workers a thread would pin what comes, and end a recording of CUDA graphs that is under way.
+            pin_memory=self.args.device.type == "cuda" and not workers,
+            num_workers=workers,
             # What reads the clouds is a closure, which no other way of starting a process can pass on.
-            multiprocessing_context="fork" if self.args.dataloader_num_workers else None,
+            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=_leave_stopping_to_parent if workers else None,
         )
 
     def _prepare_input(self, data: Any) -> Any:
-        """As `Trainer`, without waiting for the device; the loader's batches lie in pinned memory."""
+        """As `Trainer`, without waiting for the device; batches of this process lie in pinned memory."""
         if isinstance(data, Tensor) and self.args.device.type == "cuda":
-            return data.to(self.args.device, non_blocking=True)
+            pinned = data.pin_memory() if self.args.dataloader_num_workers else data
+            return pinned.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of one step, and how many items their losses are means over."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        """The batches of one step, and how many items their losses are means over.
+
+        Raises:
+            PointAlignError: as the data, also where a worker reads them.
+        """
+        try:
+            batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        except PointAlignError as error:
+            lines = str(error).strip().splitlines()
+            if len(lines) == 1:
+                raise
+            # A worker's: the loader puts its traceback before what it says.
+            raise type(error)(lines[-1].partition(": ")[2]) from error
         return batches, self.count_items(batches, device)
 
     def count_items(self, batches: list[dict[str, Tensor]], device: torch.device) -> Tensor:
@@ -197,6 +215,23 @@ class RecipeTrainer(Trainer):
         state = {name: split_like(tensor, own[name]) for name, tensor in state.items()}
         load_into(target, state, path, ignore="")  # pyright: ignore[reportArgumentType]
         self._steps_summed = int(Path(resume_from_checkpoint).name.rpartition("-")[2])
+
+
+def _leave_stopping_to_parent(worker: int) -> None:
+    """In a process that prepares batches: only its parent's SIGTERM ends it.
+
+    One to all of a run's processes would end it first, and the run without its checkpoint.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

@@ -52,8 +52,9 @@ class RunFolder:
             raise ConfigError(f"cannot write {self.path}: {error.strerror}; name another --out") from error
 
     def _check_same(self, recipe: Recipe) -> None:
-        # How the work is spread over processes is no part of what is trained.
-        started = replace(load_recipe(self.recipe_file), fsdp=recipe.fsdp, workers=recipe.workers)
+        # How the work is done is no part of what is trained.
+        how = {name: getattr(recipe, name) for name in ("fsdp", "workers", "compile", "cuda_graphs")}
+        started = replace(load_recipe(self.recipe_file), **how)
         saved, asked = to_yaml(started).splitlines(), to_yaml(recipe).splitlines()
         changed = sorted({line.strip() for line in set(saved) ^ set(asked)})
         if changed:

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from pointalign.config import Recipe
 from pointalign.device import native_bf16
 from pointalign.errors import PointAlignError
-from pointalign.progress import progress
+from pointalign.progress import progress, say
 from pointalign.recipe_trainer import RecipeTrainer
 from pointalign.run_folder import RunFolder
 
@@ -43,7 +43,7 @@ def uses_bf16(recipe: Recipe) -> bool:
 def training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
     """transformers' arguments for a recipe."""
     settings = recipe.optimizer
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=settings.max_steps,
         gradient_accumulation_steps=settings.gradient_accumulation,
@@ -67,6 +67,13 @@ def training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
         remove_unused_columns=False,
         label_names=["labels"],
     )
+    if arguments.n_gpu > 1:
+        # Trainer would split each batch over them, packed conversations too.
+        say(
+            f"one of {arguments.n_gpu} GPUs trains; `torchrun --nproc-per-node {arguments.n_gpu} -m pointalign train` uses all"
+        )
+        arguments._n_gpu = 1
+    return arguments
 
 
 class RunCallback(TrainerCallback):

@@ -92,10 +92,15 @@ class AlignmentTrainer(RecipeTrainer):
 
     def _can_record(self) -> bool:
         """Whether CUDA graphs can be recorded; why not is said."""
-        packed = self.data_collator.packing is not None  # pyright: ignore
+        model: Any = self.accelerator.unwrap_model(self.model)  # pyright: ignore[reportArgumentType]
         args = self.args
         reason = why_not_graphed(
-            args.device.type, args.world_size, args.gradient_accumulation_steps, packed, args.gradient_checkpointing
+            args.device.type,
+            args.world_size,
+            args.gradient_accumulation_steps,
+            packed=self.data_collator.packing is not None,  # pyright: ignore
+            checkpointing=args.gradient_checkpointing,
+            trains=any(weight.requires_grad for weight in model.language_model.parameters()),
         )
         if reason:
             say(f"cuda_graphs does nothing here: {reason}")

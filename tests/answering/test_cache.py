@@ -41,7 +41,8 @@ def test_a_token_is_written_into_the_room_that_is_there() -> None:
 def test_rows_that_were_dropped_or_joined_do_not_come_back() -> None:
     layer = RoomyLayer()
     layer.update(columns(6), columns(6, seed=1))
-    layer.keys, layer.values = layer.keys[[2, 0], :, 2:], layer.values[[2, 0], :, 2:]
+    layer.replace(layer.keys[[2, 0], :, 2:], layer.values[[2, 0], :, 2:])
+    assert layer._room is None, "or the old room would be held beside the new one"
     keys, values = layer.update(columns(1, rows=2, seed=2), columns(1, rows=2, seed=3))
     assert torch.equal(keys, torch.cat([columns(6)[[2, 0], :, 2:], columns(1, rows=2, seed=2)], dim=2))
     assert torch.equal(values, torch.cat([columns(6, seed=1)[[2, 0], :, 2:], columns(1, rows=2, seed=3)], dim=2))

@@ -41,6 +41,10 @@ class RoomyLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         return keys, values
 
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """Hold other keys and values, (B, H, L, D), from now on, and give the room back."""
+        self.keys, self.values, self._room = keys, values, None
+
 
 def _appended(room: Tensor | None, held: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
     """What is held with new columns behind it, and the room in which it lies: the same one while it suffices."""

@@ -60,7 +60,7 @@ class _Rows:
         start = int(mask.any(dim=0).int().argmax())
         self.numbers, self.mask, self.tokens = [self.numbers[row] for row in rows], mask[:, start:], self.tokens[kept]
         for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[kept, :, start:], layer.values[kept, :, start:]
+            layer.replace(layer.keys[kept, :, start:], layer.values[kept, :, start:])
 
     def join(self, other: _Rows) -> None:
         """Take further rows in; the shorter cache is padded on the left."""
@@ -70,8 +70,11 @@ class _Rows:
         self.mask = torch.cat([F.pad(self.mask, (ours, 0)), F.pad(other.mask, (theirs, 0))])
         self.tokens = torch.cat([self.tokens, other.tokens])
         for layer, new in zip(self.cache.layers, other.cache.layers, strict=True):
-            layer.keys = torch.cat([F.pad(layer.keys, (0, 0, ours, 0)), F.pad(new.keys, (0, 0, theirs, 0))])
-            layer.values = torch.cat([F.pad(layer.values, (0, 0, ours, 0)), F.pad(new.values, (0, 0, theirs, 0))])
+            layer.replace(
+                torch.cat([F.pad(layer.keys, (0, 0, ours, 0)), F.pad(new.keys, (0, 0, theirs, 0))]),
+                torch.cat([F.pad(layer.values, (0, 0, ours, 0)), F.pad(new.values, (0, 0, theirs, 0))]),
+            )
+            new.replace(new.keys[:0], new.values[:0])  # nobody reads them again
 
 
 class _Prompts:
