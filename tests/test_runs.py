@@ -310,7 +310,7 @@ def test_what_a_worker_cannot_read_is_one_line(start: Path, tmp_path: Path, monk
     monkeypatch.setattr("pointalign.augmentation.augment", broken)
     recipe = replace(tiny_recipe(start), workers=1)
     recipe.data.augment = True
-    with pytest.raises(DataError, match="^object x has no cloud; leave it out$"):
+    with pytest.raises(DataError, match=r"^object x has no cloud; leave it out$"):
         train(recipe, tmp_path / "run")
 
 

@@ -99,7 +99,7 @@ class AlignmentTrainer(RecipeTrainer):
             args.world_size,
             args.gradient_accumulation_steps,
             packed=self.data_collator.packing is not None,  # pyright: ignore
-            checkpointing=args.gradient_checkpointing,
+            checkpointing=bool(args.gradient_checkpointing),
             trains=any(weight.requires_grad for weight in model.language_model.parameters()),
         )
         if reason:

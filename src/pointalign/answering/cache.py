@@ -62,5 +62,5 @@ def _appended(room: Tensor | None, held: Tensor | None, new: Tensor) -> tuple[Te
 def roomy_cache(text_config: Any) -> DynamicCache:
     """A cache for a model of plain attention, see `refill.can_refill`."""
     cache = DynamicCache(config=text_config)
-    cache.layers = [RoomyLayer() for _ in cache.layers]
+    cache.layers[:] = [RoomyLayer() for _ in cache.layers]
     return cache
