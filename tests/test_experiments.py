@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarking import load_script
 from pointalign.sweep.settings import load_sweep
 from pointalign.sweep.table import table_lines
 
@@ -30,3 +31,26 @@ def test_the_page_holds_the_results(name: str) -> None:
     missing = {f"{arm}, seed {seed}" for arm, seed in recipes.keys() - done}
     assert done <= recipes.keys()
     assert missing == set(results["missing"])
+
+
+def test_the_curve_over_objects_is_what_the_command_told() -> None:
+    page = (EXPERIMENTS / "bars.md").read_text(encoding="utf-8")
+    told = json.loads((EXPERIMENTS / "bars" / "curve.json").read_text(encoding="utf-8"))
+    for point in told["points"]:
+        low, high = point["interval"]
+        assert f"{100 * point['mean']:.1f} ({100 * low:.0f} to {100 * high:.0f})" in page
+    assert len(told["points"]) == 10
+
+
+def test_the_table_of_geometry_is_what_the_probes_told() -> None:
+    builder = load_script(EXPERIMENTS.parent / "build_geometry.py")
+    probes = json.loads(builder.PROBES.read_text(encoding="utf-8"))
+    page = builder.PAGE.read_text(encoding="utf-8")
+    assert builder.write_table(page, builder.table(probes)) == page
+    assert len(probes) == 5
+
+
+def test_a_difference_over_seeds_has_students_interval() -> None:
+    """Of 1, 2, 3, 4, 5: mean 3, standard error sqrt(2.5 / 5) = 0.7071, t of four degrees of freedom 2.7764."""
+    builder = load_script(EXPERIMENTS.parent / "build_geometry.py")
+    assert builder.mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3, 3 - 1.9632, 3 + 1.9632), abs=1e-4)
