@@ -239,9 +239,13 @@ def test_missing_data_are_told_of_before_a_model_is_loaded(
     assert not world["out"].exists()
 
 
-@pytest.mark.parametrize("limit", [2_000, 30_000], ids=["feature cache", "checkpoint"])
+@pytest.mark.parametrize("limit", [1_000, 3_000, 30_000], ids=["recipe", "feature cache", "checkpoint"])
 def test_a_full_disk_ends_in_one_line(world: dict[str, Path], tmp_path: Path, limit: int) -> None:
     """The limit on a file's size stands for the full disk: writing fails in the middle of a file."""
+    names = [f"a{number}" for number in range(20)]
+    for name in names:  # so that their features take more room than the recipe
+        np.save(world["clouds"] / f"{name}_8192.npy", np.random.default_rng(0).random((60, 6)))
+    world["instructions.json"].write_text(json.dumps([{**ENTRY, "object_id": name} for name in names]))
     done = subprocess.run(
         [sys.executable, "-m", "pointalign", "train", str(world["recipe.yaml"]), "--out", str(world["out"])],
         env={**os.environ, "POINTALIGN_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},

@@ -45,8 +45,8 @@ def test_procedures_that_differ_are_seen(monkeypatch, part, told) -> None:
     encode.hold_against_each_other(encoder, points)
     right = getattr(encode.Published, part)
 
-    def wrong(self, *arguments):
-        result = right(self, *arguments)
+    def wrong(self, *arguments, **named):
+        result = right(self, *arguments, **named)
         return (*result[:2], result[2].flip(1)) if isinstance(result, tuple) else result.flip(1)
 
     monkeypatch.setattr(encode.Published, part, wrong)

@@ -49,7 +49,9 @@ class RunFolder:
             write_text(self.path / "environment.json", json.dumps(environment(recipe), indent=2) + "\n")
             write_text(self.recipe_file, to_yaml(recipe))
         except OSError as error:
-            raise ConfigError(f"cannot write {self.path}: {error.strerror}; name another --out") from error
+            raise ConfigError(
+                f"cannot write {self.path}: {error.strerror}; free some space or name another --out"
+            ) from error
 
     def _check_same(self, recipe: Recipe) -> None:
         # How the work is done is no part of what is trained.
