@@ -126,11 +126,18 @@ def test_where_triton_does_not_run_the_steps_are_taken_one_by_one(monkeypatch):
     geometry._kernel_runs.cache_clear()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("count", [1, 31, 4096, 8192, 16_384, 40_000])
-def test_the_kernel_on_a_gpu_chooses_what_the_cpu_chooses(count):
+@pytest.fixture
+def gpu():
+    """A GPU on which Triton runs."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     if not geometry._kernel_runs(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("Triton does not run on this GPU")
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("count", [1, 31, 4096, 8192, 16_384, 40_000])
+def test_the_kernel_on_a_gpu_chooses_what_the_cpu_chooses(count):
     xyz = torch.randn(3, count, 3, generator=torch.Generator().manual_seed(count))
     samples = min(count, 512)
     assert torch.equal(
@@ -138,11 +145,9 @@ def test_the_kernel_on_a_gpu_chooses_what_the_cpu_chooses(count):
     )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("count", [1, 31, 4096, 8192, 16_384])
 def test_the_kernel_on_a_gpu_finds_the_neighbours_that_the_cpu_finds(count):
-    if not geometry._kernel_runs(torch.device("cuda", torch.cuda.current_device())):
-        pytest.skip("Triton does not run on this GPU")
     xyz = torch.randn(3, count, 3, generator=torch.Generator().manual_seed(count))
     near = min(count, 32)
     assert torch.equal(

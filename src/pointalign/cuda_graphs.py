@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from pointalign.decoder_blocks import find_decoder_layers, restore_forward
+from pointalign.decoder_blocks import find_decoder_layers, replaced_forwards
 from pointalign.errors import PointAlignError
 from pointalign.progress import say
 
@@ -242,14 +242,8 @@ def graphed_blocks(model: nn.Module, wanted: bool, record: Callable[..., Any] | 
     blocks = list(find_decoder_layers(model))
     pool = torch.cuda.graph_pool_handle() if record is None else None
     recorder = BlockRecorder(blocks, record or torch.cuda.make_graphed_callables, pool)
-    own = [block.__dict__.get("forward") for block in blocks]
-    for number, block in enumerate(blocks):
-        block.forward = _numbered(recorder, number)
-    try:
+    with replaced_forwards(blocks, [_numbered(recorder, number) for number in range(len(blocks))]):
         yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            restore_forward(block, forward)
 
 
 def _numbered(recorder: BlockRecorder, number: int) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ Letters: B batch, L sequence length, D width. Layer 0 is what enters the first b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,23 +54,25 @@ def compiled_blocks(model: nn.Module, wanted: bool) -> Iterator[None]:
         ConfigError: when the blocks cannot be found.
     """
     blocks: Any = find_decoder_layers(model) if wanted else []
+    compiled = [torch.compile(block.forward, dynamic=True) for block in blocks]
+    with replaced_forwards(blocks, [_as_inner(forward) for forward in compiled[:1]] + compiled[1:]):
+        yield
+
+
+@contextmanager
+def replaced_forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """While this lasts, blocks have other forward passes; then again those of their own namespace, or their class's."""
     own = [block.__dict__.get("forward") for block in blocks]
-    for number, block in enumerate(blocks):
-        compiled = torch.compile(block.forward, dynamic=True)
-        block.forward = compiled if number else _as_inner(compiled)
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.forward = forward
     try:
         yield
     finally:
         for block, forward in zip(blocks, own, strict=True):
-            restore_forward(block, forward)
-
-
-def restore_forward(block: nn.Module, own: Callable[..., Any] | None) -> None:
-    """Give a block back the forward pass that lay in its own namespace, or its class's."""
-    if own is None:
-        del block.forward
-    else:
-        block.forward = own
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def _as_inner(compiled: Callable[..., Any]) -> Callable[..., Any]:

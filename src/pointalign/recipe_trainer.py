@@ -110,7 +110,7 @@ class RecipeTrainer(Trainer):
             batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         except PointAlignError as error:
             lines = str(error).strip().splitlines()
-            if len(lines) == 1:
+            if not self.args.dataloader_num_workers or len(lines) == 1:
                 raise
             # A worker's: the loader puts its traceback before what it says.
             raise type(error)(lines[-1].partition(": ")[2]) from error

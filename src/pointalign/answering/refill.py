@@ -74,7 +74,7 @@ class _Rows:
                 torch.cat([F.pad(layer.keys, (0, 0, ours, 0)), F.pad(new.keys, (0, 0, theirs, 0))]),
                 torch.cat([F.pad(layer.values, (0, 0, ours, 0)), F.pad(new.values, (0, 0, theirs, 0))]),
             )
-            new.replace(new.keys[:0], new.values[:0])  # nobody reads them again
+            new.replace(new.keys.new_empty(0), new.values.new_empty(0))  # nobody reads them again
 
 
 class _Prompts:
