@@ -22,7 +22,7 @@ from pointalign.config import Recipe, load_recipe, override_recipe
 from pointalign.data.household_split import FOLD, FOLDS
 from pointalign.evaluation.asking import EvaluationSettings
 from pointalign.evaluation.compare import ACCURACY, object_values
-from pointalign.evaluation.opening import Sources
+from pointalign.evaluation.opening import Sources, household_name
 from pointalign.evaluation.results import read_results
 from pointalign.evaluation.run import evaluate
 from pointalign.evaluation.statistics import paired_difference, summarize, summarize_share
@@ -59,12 +59,12 @@ def run_part(part: str, out: Path, extra: Path, changes: dict[str, Any]) -> dict
     folder = out / part
     for stage in STAGES:
         train(stage_recipe(stage, part, folder, extra, changes), folder / stage, resume=True)
-    evaluation = folder / "evaluation"
+    evaluation, sources = folder / "evaluation", Sources(held_out=part)
     evaluate(
-        str(folder / STAGES[-1] / "model"), evaluation, EvaluationSettings(sources=Sources(held_out=part))
+        str(folder / STAGES[-1] / "model"), evaluation, EvaluationSettings(sources=sources)
     )  # which asks again only what was not answered
     return {
-        name: object_values(read_results(evaluation / f"household-{name}"), measure)
+        name: object_values(read_results(evaluation / household_name(f"household-{name}", sources)), measure)
         for name, measure in MEASURES.items()
     }
 

@@ -54,3 +54,16 @@ def test_the_summary_pairs_objects_with_each_baseline(script: ModuleType, tmp_pa
     assert told["minus_forest"]["classification"]["mean"] == 0.5
     assert told["minus_forest"]["captioning"]["mean"] == 0.0
     assert told["minus_forest"]["captioning"]["n"] == 2
+
+
+def test_a_fold_is_read_where_its_evaluation_lies(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training and asking take hours; a baseline's answers about the same fold lie in the same folders."""
+    monkeypatch.setattr(script, "train", lambda *given, **named: None)
+    asked = script.evaluate
+    monkeypatch.setattr(script, "evaluate", lambda model, *given: asked("baseline:most-frequent", *given))
+    found = script.run_part("fold-0", tmp_path, Path("x.parquet"), {})
+    assert found.keys() == script.MEASURES.keys()
+    assert found["classification"].keys() == found["captioning"].keys()
+    assert len(found["captioning"]) > 100
