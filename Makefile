@@ -26,7 +26,7 @@ test-browser: $(STAMP)
 # The GPU's kernels by Triton's interpreter, on a CPU; PyTorch for CPUs comes without Triton (1 GB).
 test-kernels: $(STAMP)
 	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[kernels]'
-	OMP_NUM_THREADS=1 $(RUN)/pytest tests/test_kernels.py tests/test_geometry.py
+	OMP_NUM_THREADS=1 $(RUN)/pytest tests/test_kernels.py tests/test_geometry.py tests/models/test_phi_heads.py
 
 # 4- and 8-bit language models; apart, because peft then imports bitsandbytes at every start, which takes seconds.
 test-quantize: $(STAMP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -61,6 +62,26 @@ def test_a_shape_is_recorded_when_it_comes_for_the_second_time() -> None:
     assert recorded.replays == 2
     for one, two in zip(got, steps(Decoder(), None, (6, 6, 8, 6, 9)), strict=True):
         assert torch.allclose(one, two)
+
+
+def test_nothing_of_an_earlier_step_lives_while_a_shape_is_recorded() -> None:
+    """Its graph ends at the weights, on the stream of that step, which a card does not let a recording wait for."""
+    outputs: list[weakref.ref[Tensor]] = []
+
+    def watched(number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        output = block(hidden)
+        outputs.append(weakref.ref(output))
+        return output
+
+    alive = []
+
+    class Watching(Recorded):
+        def __call__(self, *given: Any, **named: Any) -> Any:
+            alive.append([output() for output in outputs if output() is not None])
+            return super().__call__(*given, **named)
+
+    steps(Decoder(watched), Watching())
+    assert alive == [[]]
 
 
 CALLS = {

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "storage": {"errors"},
     "sentence_embedding": {"errors", "models"},
     "figures": {"errors", "geometry", "storage"},
-    "models": {"errors", "geometry", "models", "storage"},
+    "models": {"errors", "geometry", "kernels", "models", "storage"},
     "data": DATA,
     "evaluation": BOTH | {"answering", "evaluation", "options", "released", "run_folder", "judge_settings"},
     "answering": BOTH | {"answering", "evaluation", "options"},

@@ -118,12 +118,12 @@ def test_the_kernels_compile_for_real_cards_and_round_as_a_cpu_does(tmp_path):
 
 def test_where_triton_does_not_run_the_steps_are_taken_one_by_one(monkeypatch):
     """A device that calls itself CUDA without being it: the kernel's trial fails, once and with a word."""
-    geometry._kernel_runs.cache_clear()
-    with pytest.warns(UserWarning, match="clouds are sampled and grouped step by step, Triton does not run here: "):
-        assert not geometry._kernel_runs(torch.device("cuda:99"))
-    assert not geometry._kernel_runs(torch.device("cuda:99"))
-    assert not geometry._kernel_runs(torch.device("mps"))
-    geometry._kernel_runs.cache_clear()
+    geometry.kernel_runs.cache_clear()
+    with pytest.warns(UserWarning, match="Triton does not run here, PyTorch's kernels stand in for ours: "):
+        assert not geometry.kernel_runs(torch.device("cuda:99"))
+    assert not geometry.kernel_runs(torch.device("cuda:99"))
+    assert not geometry.kernel_runs(torch.device("mps"))
+    geometry.kernel_runs.cache_clear()
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def gpu():
     """A GPU on which Triton runs."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if not geometry._kernel_runs(torch.device("cuda", torch.cuda.current_device())):
+    if not geometry.kernel_runs(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("Triton does not run on this GPU")
 
 

@@ -7,6 +7,7 @@ where a hook reads a block's output.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -110,7 +111,7 @@ class BlockRecorder:
         self.shapes: dict[Any, _Shape] = {}
         self.now: _Shape | None = None
         self.first: _Call | None = None
-        self.last: Tensor | None = None
+        self.last: Callable[[], Tensor | None] = lambda: None
         self.told: set[str] = set()
 
     def _most_shapes(self) -> int:
@@ -144,7 +145,7 @@ class BlockRecorder:
                 return forward(hidden, *args, **kwargs)
         if not shape.graphs:
             alike = not args and first.same(_Call(hidden, kwargs)) and not block._forward_pre_hooks
-            alike = alike and (number == 0 or hidden is self.last)
+            alike = alike and (number == 0 or hidden is self.last())
             shape.entering.append((hidden.dtype, hidden.requires_grad))
             with _casting_anew(hidden.device):
                 output = forward(hidden, *args, **kwargs)
@@ -153,7 +154,9 @@ class BlockRecorder:
                 self.tell(
                     "nothing is recorded, this model's blocks do not simply follow each other with the same arguments"
                 )
-            self.last = None if shape.hopeless else output
+            else:
+                # Held for good it would keep the step's graph alive, beside which a card records no other.
+                self.last = weakref.ref(output)
             return output
         graph = shape.graphs.get(number)
         return hidden if graph is None else graph(hidden, *first.tensors)

@@ -77,7 +77,7 @@ def farthest_point_sample(xyz: Tensor, num_samples: int, start: int = 0) -> Tens
     if xyz.device.type == "cpu":
         exact = xyz.detach() if xyz.dtype == torch.float64 else xyz.detach().float()
         return torch.from_numpy(farthest_points(exact.numpy(), num_samples, start))
-    if xyz.dtype == torch.float32 and _kernel_runs(xyz.device):
+    if xyz.dtype == torch.float32 and kernel_runs(xyz.device):
         from pointalign.kernels import choose_farthest
 
         return choose_farthest(xyz, num_samples, start)
@@ -85,7 +85,7 @@ def farthest_point_sample(xyz: Tensor, num_samples: int, start: int = 0) -> Tens
 
 
 @functools.cache
-def _kernel_runs(device: torch.device) -> bool:
+def kernel_runs(device: torch.device) -> bool:
     """Whether Triton is there and works on the device, tried out once."""
     if device.type != "cuda":
         return False
@@ -97,7 +97,7 @@ def _kernel_runs(device: torch.device) -> bool:
         return choose_farthest(line, 3, 1).tolist() == [[1, 4, 0]] and near == [[[3, 2], [4, 3]]]
     except Exception as error:  # no Triton, no compiler, a card too old: each says so in its own way
         told = (str(error).splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"clouds are sampled and grouped step by step, Triton does not run here: {told}", stacklevel=4)
+        warnings.warn(f"Triton does not run here, PyTorch's kernels stand in for ours: {told}", stacklevel=4)
         return False
 
 
@@ -140,7 +140,7 @@ def k_nearest_neighbors(queries: Tensor, xyz: Tensor, k: int) -> Tensor:
     queries, xyz = queries.detach().float(), xyz.detach().float()
     if xyz.device.type == "cpu":
         return torch.from_numpy(nearest_points(queries.numpy(), xyz.numpy(), k))
-    if _kernel_runs(xyz.device):
+    if kernel_runs(xyz.device):
         from pointalign.kernels import MOST_POINTS, choose_nearest
 
         if xyz.shape[1] <= MOST_POINTS:

@@ -1,10 +1,12 @@
-"""Farthest points and nearest neighbours as Triton kernels, each one launch for a whole batch.
+"""Triton kernels, each one launch for a whole batch: farthest points, nearest neighbours, and the heads of the Phi variant.
 
-`geometry` imports this on a GPU alone. With TRITON_INTERPRET=1 set before the import the same kernels run on tensors of a
-CPU, slowly, which is how they are tested where there is no GPU.
+`geometry` and `models.phi_heads` import this on a GPU alone. With TRITON_INTERPRET=1 set before the import the same kernels
+run on tensors of a CPU, slowly, which is how they are tested where there is no GPU.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
@@ -17,6 +19,10 @@ WARPS = 16
 # Points of a cloud whose distances a program keeps in registers while it chooses neighbours, and its warps.
 MOST_POINTS = 16_384
 NEIGHBOR_WARPS = 8
+# Heads of tokens that a program works on at a time, and how many programs share those of the way back, each of which adds up
+# the norms' gradients of its own.
+HEADS_AT_ONCE = 8
+MOST_PROGRAMS = 512
 
 
 @triton.jit(do_not_specialize=["start"])  # 1 would become a constant, which a loop cannot carry
@@ -123,3 +129,134 @@ def choose_nearest(queries: Tensor, xyz: Tensor, k: int) -> Tensor:
             centers, columns, found, num_queries, count, k, TILE=tile, num_warps=NEIGHBOR_WARPS, enable_fp_fusion=False
         )
     return found
+
+
+@triton.jit
+def _split_heads(
+    fused, query_weight, query_bias, key_weight, key_bias, cos, sin, query, key, value,
+    rows, heads, places, eps, WIDTH: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """fused (rows, 3, WIDTH), cos and sin (places, ROTARY); query, key and value (rows, WIDTH)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, LANES)
+    there, known = row[:, None] < rows, lane[None, :] < WIDTH
+    inside, turned = there & known, there & (lane[None, :] < ROTARY)
+    half: tl.constexpr = ROTARY // 2
+    partner = tl.where(lane < half, lane + half, tl.where(lane < ROTARY, lane - half, lane))
+    angle = ((row // heads) % places)[:, None] * ROTARY + lane[None, :]
+    cosine = tl.load(cos + angle, mask=turned, other=1.0).to(tl.float32)
+    sine = tl.load(sin + angle, mask=turned, other=0.0).to(tl.float32)
+    sine = tl.where(lane[None, :] < half, -sine, sine)
+    base = row.to(tl.int64)[:, None] * (3 * WIDTH)
+    into = row.to(tl.int64)[:, None] * WIDTH + lane[None, :]
+    for part in tl.static_range(2):
+        x = tl.load(fused + base + part * WIDTH + lane[None, :], mask=inside, other=0.0).to(tl.float32)
+        mean = (tl.sum(x, axis=1) / WIDTH)[:, None]
+        centered = tl.where(inside, x - mean, 0.0)
+        scale = tl.rsqrt(tl.sum(centered * centered, axis=1) / WIDTH + eps)[:, None]
+        weights = query_weight if part == 0 else key_weight
+        biases = query_bias if part == 0 else key_bias
+        weight = tl.load(weights + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
+        bias = tl.load(biases + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
+        normal = centered * scale * weight[None, :] + bias[None, :]
+        x = tl.load(fused + base + part * WIDTH + partner[None, :], mask=turned, other=0.0).to(tl.float32)
+        weight = tl.load(weights + partner, mask=lane < WIDTH, other=0.0).to(tl.float32)
+        bias = tl.load(biases + partner, mask=lane < WIDTH, other=0.0).to(tl.float32)
+        other = (x - mean) * scale * weight[None, :] + bias[None, :]
+        turning = normal * cosine + other * sine
+        if part == 0:
+            tl.store(query + into, turning.to(query.dtype.element_ty), mask=inside)
+        else:
+            tl.store(key + into, turning.to(key.dtype.element_ty), mask=inside)
+    tl.store(value + into, tl.load(fused + base + 2 * WIDTH + lane[None, :], mask=inside), mask=inside)
+
+
+@triton.jit
+def _join_heads(
+    query, key, value, fused, query_weight, key_weight, cos, sin, gradient, norms,
+    rows, heads, places, eps, WIDTH: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Gradients query, key and value (rows, WIDTH); gradient as fused; norms (programs, 4, WIDTH) float32."""
+    lane = tl.arange(0, LANES)
+    half: tl.constexpr = ROTARY // 2
+    partner = tl.where(lane < half, lane + half, tl.where(lane < ROTARY, lane - half, lane))
+    for part in tl.static_range(2):
+        weights = query_weight if part == 0 else key_weight
+        weight = tl.load(weights + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
+        # Rows are added up once, at the end: that is among threads, and they would wait for each other in every round.
+        of_weight = tl.zeros((ROWS, LANES), tl.float32)
+        of_bias = tl.zeros((ROWS, LANES), tl.float32)
+        for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+            row = block * ROWS + tl.arange(0, ROWS)
+            there = row[:, None] < rows
+            inside, turned = there & (lane[None, :] < WIDTH), there & (lane[None, :] < ROTARY)
+            place = ((row // heads) % places)[:, None] * ROTARY
+            cosine = tl.load(cos + place + lane[None, :], mask=turned, other=1.0).to(tl.float32)
+            sine = tl.load(sin + place + partner[None, :], mask=turned, other=0.0).to(tl.float32)
+            sine = tl.where(lane[None, :] < half, sine, -sine)
+            start = row.to(tl.int64)[:, None] * WIDTH
+            base = row.to(tl.int64)[:, None] * (3 * WIDTH) + lane[None, :]
+            given = query if part == 0 else key
+            own = tl.load(given + start + lane[None, :], mask=inside, other=0.0).to(tl.float32)
+            other = tl.load(given + start + partner[None, :], mask=turned, other=0.0).to(tl.float32)
+            plain = own * cosine + other * sine
+            x = tl.load(fused + base + part * WIDTH, mask=inside, other=0.0).to(tl.float32)
+            mean = (tl.sum(x, axis=1) / WIDTH)[:, None]
+            centered = tl.where(inside, x - mean, 0.0)
+            scale = tl.rsqrt(tl.sum(centered * centered, axis=1) / WIDTH + eps)[:, None]
+            normal = centered * scale
+            of_weight += plain * normal
+            of_bias += plain
+            inner = plain * weight[None, :]
+            level = (tl.sum(inner, axis=1) / WIDTH)[:, None]
+            along = (tl.sum(inner * normal, axis=1) / WIDTH)[:, None]
+            back = (inner - level - normal * along) * scale
+            tl.store(gradient + base + part * WIDTH, back.to(gradient.dtype.element_ty), mask=inside)
+            if part == 0:
+                passed = tl.load(value + start + lane[None, :], mask=inside, other=0.0)
+                tl.store(gradient + base + 2 * WIDTH, passed.to(gradient.dtype.element_ty), mask=inside)
+        sums = norms + (tl.program_id(0) * 4 + 2 * part) * WIDTH + lane
+        tl.store(sums, tl.sum(of_weight, axis=0), mask=lane < WIDTH)
+        tl.store(sums + WIDTH, tl.sum(of_bias, axis=0), mask=lane < WIDTH)
+
+
+def launch_split_heads(
+    fused: Tensor, norms: Sequence[Tensor], cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`models.phi_heads.split_heads` on a GPU; `norms` are weight and bias of queries, weight and bias of keys."""
+    fused, sizes = fused.contiguous(), _sizes_of_heads(fused, cos)
+    query, key, value = (fused.new_empty(*fused.shape[:3], fused.shape[4]) for _ in range(3))
+    with torch.cuda.device_of(fused):
+        launch = _split_heads[(triton.cdiv(sizes["rows"], HEADS_AT_ONCE),)]  # pyright: ignore[reportIndexIssue]
+        tables = (table.contiguous() for table in (*norms, cos, sin))
+        launch(fused, *tables, query, key, value, eps=eps, **sizes)
+    return query, key, value
+
+
+def launch_join_heads(
+    gradients: Sequence[Tensor], fused: Tensor, weights: Sequence[Tensor], cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`models.phi_heads.join_heads` on a GPU; `gradients` are those of queries, keys and values, `weights` the norms'."""
+    fused, sizes = fused.contiguous(), _sizes_of_heads(fused, cos)
+    programs = min(triton.cdiv(sizes["rows"], HEADS_AT_ONCE), MOST_PROGRAMS)
+    gradient = torch.empty_like(fused)
+    norms = torch.empty(programs, 4, fused.shape[4], dtype=torch.float32, device=fused.device)
+    with torch.cuda.device_of(fused):
+        launch = _join_heads[(programs,)]  # pyright: ignore[reportIndexIssue]
+        given = (tensor.contiguous() for tensor in gradients)
+        tables = (table.contiguous() for table in (*weights, cos, sin))
+        launch(*given, fused, *tables, gradient, norms, eps=eps, **sizes)
+    return gradient, norms.sum(dim=0)
+
+
+def _sizes_of_heads(fused: Tensor, cos: Tensor) -> dict[str, int]:
+    batch, length, heads, _, width = fused.shape
+    return {
+        "rows": batch * length * heads,
+        "heads": heads,
+        "places": len(cos) * length,
+        "WIDTH": width,
+        "ROTARY": cos.shape[-1],
+        "ROWS": HEADS_AT_ONCE,
+        "LANES": triton.next_power_of_2(width),
+    }

@@ -239,6 +239,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     # Nothing changes in place what the model gives back.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # Blocks are recorded on a stream of their own.
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 
 
 def check_start(recipe: Recipe) -> None:

@@ -16,8 +16,10 @@ from pointalign.data.conversations import Collator
 from pointalign.models.packing import (
     PACKED_ATTENTION,
     _fused_attention,
+    _has_flash,
     _plain_attention,
     keeps_apart,
+    packed_attention,
     packed_positions,
     packing_attention,
 )
@@ -214,3 +216,23 @@ def test_dropout_of_attention_is_drawn_in_training(build_model: Any) -> None:
         assert torch.equal(model(input_ids=ids, use_cache=False, **places).logits, still)
         model.train()
         assert not torch.equal(model(input_ids=ids, use_cache=False, **places).logits, still)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 9])
+def test_flash_attention_by_ends_is_a_row_for_each_conversation(window: int | None) -> None:
+    if not _has_flash(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("this GPU or PyTorch has no flash attention by ends")
+    draw = torch.Generator("cuda").manual_seed(0)
+    lengths = [5, 70, 1, 52]
+    given = packed_positions(lengths)
+    places = {"cu_seq_lens_q": given["cu_seq_lens_q"].cuda(), "max_length_q": 128}
+    heads = [torch.randn(1, 4, sum(lengths), 80, device="cuda", generator=draw).bfloat16() for _ in range(3)]
+    gradient = torch.randn(1, sum(lengths), 4, 80, device="cuda", generator=draw).bfloat16()
+    results = []
+    for flash in (False, True):
+        leaves = [head.clone().requires_grad_() for head in heads]
+        output, _ = packed_attention(torch.nn.Identity(), *leaves, None, sliding_window=window, flash=flash, **places)
+        results.append((output, *torch.autograd.grad(output, leaves, gradient)))
+    for one, other in zip(*results, strict=True):
+        assert (one.float() - other.float()).abs().max() <= 2e-2 * one.float().abs().max()

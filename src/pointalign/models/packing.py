@@ -2,8 +2,9 @@
 
 transformers keeps packed conversations apart by their position ids, whatever the attention: flash attention takes them as
 they are, everything else gets a mask of (tokens x tokens). On a CPU that mask costs more than the padding did, on a GPU it is
-waited for; so `packed_attention` gives each conversation a row of its own for the attention alone. Plain products do the rest
-on a CPU, where PyTorch's fused kernel is slow at going back in bfloat16, and the fused kernel without a mask on a GPU.
+waited for. So a GPU's flash attention is told where conversations end; elsewhere `packed_attention` gives each of them a row of
+its own for the attention alone. Plain products do the rest on a CPU, where PyTorch's fused kernel is slow at going back in
+bfloat16, and the fused kernel without a mask on a GPU that has no flash attention.
 Letters: S conversations, L the longest one, T tokens, H heads, G key heads, D width of a head.
 """
 
@@ -21,7 +22,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
-PACKED_ATTENTION = "pointalign_packed"
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before PyTorch 2.10
+    varlen_attn = None
+
+PACKED_ATTENTION, PACKED_FLASH = "pointalign_packed", "pointalign_packed_by_ends"
+# What flash attention takes: widths of a head, and cards from this compute capability on.
+FLASH_WIDTHS, FLASH_CAPABILITY = range(8, 257, 8), (8, 0)
 
 
 def packed_positions(lengths: Sequence[int]) -> dict[str, Any]:
@@ -102,6 +110,7 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    flash: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed conversation, called as transformers' attention functions are.
@@ -115,13 +124,25 @@ def packed_attention(
         dropout: of the attention weights.
         scaling: of the products; 1 / sqrt(D) when not given.
         sliding_window: how many tokens back a token sees, itself included; all when not given.
+        flash: whether there is flash attention for bfloat16; it is taken where it suits.
         kwargs: of `packed_positions`, `cu_seq_lens_q` and `max_length_q`; others are not used.
 
     Returns:
         (1, T, H, D), and no weights.
     """
-    ends, length = kwargs["cu_seq_lens_q"].long(), int(kwargs["max_length_q"])
+    ends, length = kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"])
     count, tokens, width = len(ends) - 1, key.shape[2], query.shape[3]
+    dropout = dropout if module.training else 0.0
+    if flash and not dropout and _suits_flash(query, key):
+        assert varlen_attn is not None
+        # Not tensor[0], whose gradient is a copy.
+        queries, keys, values = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        attended: Any = varlen_attn(
+            queries, keys, values, ends, ends, length, length, scale=scaling, window_size=window
+        )
+        return attended.unsqueeze(0), None
+    ends = ends.long()
     shifts = torch.arange(count, device=ends.device) * length - ends[:-1]
     places = torch.arange(tokens, device=ends.device) + shifts.repeat_interleave(ends.diff(), output_size=tokens)
 
@@ -132,12 +153,16 @@ def packed_attention(
         return padded.view(count, length, -1, width).transpose(1, 2)
 
     scale = width**-0.5 if scaling is None else scaling
-    dropout = dropout if module.training else 0.0
     fused = query.is_cuda and sliding_window is None
     attend = _fused_attention if fused else partial(_plain_attention, sliding_window=sliding_window)
     attended = attend(rows(query), rows(key), rows(value), scale, dropout)
     heads = attended.transpose(1, 2).reshape(count * length, -1)
     return heads.index_select(0, places).view(1, tokens, -1, width), None
+
+
+def _suits_flash(query: Tensor, key: Tensor) -> bool:
+    same = query.dtype == key.dtype == torch.bfloat16 and query.shape[1] == key.shape[1]
+    return same and query.shape[3] in FLASH_WIDTHS
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
@@ -164,6 +189,13 @@ def _plain_attention(
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionInterface.register(PACKED_FLASH, partial(packed_attention, flash=True))
+
+
+def _has_flash(device: torch.device) -> bool:
+    if varlen_attn is None or device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
 @contextmanager
@@ -181,7 +213,7 @@ def packing_attention(language_model: Any, bf16: bool) -> Iterator[bool]:
     own = base.config._attn_implementation
     try:
         if own == "sdpa":
-            base.set_attn_implementation(PACKED_ATTENTION)
+            base.set_attn_implementation(PACKED_FLASH if _has_flash(base.device) else PACKED_ATTENTION)
             if keeps_apart(language_model, bf16):
                 yield True
                 return
