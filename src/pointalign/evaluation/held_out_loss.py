@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pointalign.data.conversations import Collator, ConversationDataset, read_conversations
 from pointalign.data.household import load_household
@@ -15,6 +16,7 @@ from pointalign.data.household_text import build_instructions
 from pointalign.data.sources import HouseholdClouds
 from pointalign.evaluation.asking import LoadedModel
 from pointalign.evaluation.ledger import Ledger
+from pointalign.models.packing import packed_positions, packing_attention
 from pointalign.progress import progress
 
 # Their eight conversations each are one batch.
@@ -42,11 +44,16 @@ def held_out_loss(loaded: LoadedModel, out: Path, limit: int | None = None) -> d
     clouds = HouseholdClouds(objects)
     ledger = Ledger(out, "loss", {"model": loaded.fingerprint, "clouds": clouds.fingerprint, "dtype": loaded.dtype})
     by_id = {thing.id: thing for thing in objects}
-    with progress("held-out next-token loss", len(objects)) as advance:
+    language_model = loaded.model.language_model
+    with (
+        packing_attention(language_model, bf16=loaded.dtype == "bfloat16") as packed,
+        progress("held-out next-token loss", len(objects)) as advance,
+    ):
+        collate = Collator(loaded.processor, packing=packed_positions if packed else None)
         ledger.fill(
             list(by_id),
             OBJECTS_AT_ONCE,
-            lambda number, names: _losses(loaded, [by_id[name] for name in names]),
+            lambda number, names: _losses(loaded, collate, [by_id[name] for name in names]),
             advance,
         )
     rows = ledger.rows()
@@ -54,7 +61,7 @@ def held_out_loss(loaded: LoadedModel, out: Path, limit: int | None = None) -> d
 
 
 @torch.inference_mode()
-def _losses(loaded: LoadedModel, objects: Sequence[Any]) -> list[dict[str, float]]:
+def _losses(loaded: LoadedModel, collate: Collator, objects: Sequence[Any]) -> list[dict[str, float]]:
     """Summed `loss` and number of answer `tokens` of each object."""
     model, processor = loaded.model, loaded.processor
     points = torch.stack([processor.prepare_points(thing.sized_points) for thing in objects]).to(loaded.device)
@@ -62,9 +69,10 @@ def _losses(loaded: LoadedModel, objects: Sequence[Any]) -> list[dict[str, float
     ready = {thing.id: {"point_tokens": row} for thing, row in zip(objects, tokens, strict=True)}
     conversations = read_conversations(build_instructions(objects))
     dataset = ConversationDataset(conversations, processor, ready, LONGEST)
-    batch = Collator(processor)([dataset[index] for index in range(len(dataset))])
+    samples = [dataset[index] for index in range(len(dataset))]
+    batch = collate(samples)
     del batch["alignment_mask"]
-    batch = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
+    batch = {name: value.to(loaded.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     labels, kept = batch.pop("labels"), batch["logits_to_keep"]
     logits = model(**batch).logits
     wanted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, kept]
@@ -72,7 +80,8 @@ def _losses(loaded: LoadedModel, objects: Sequence[Any]) -> list[dict[str, float
     losses = F.cross_entropy(logits[learnt].float(), wanted[learnt], reduction="none").double().cpu()
     numbers = {thing.id: number for number, thing in enumerate(objects)}
     owners = torch.tensor([numbers[conversation.object_id] for conversation in conversations])
-    owners = owners.repeat_interleave(learnt.sum(dim=1).cpu())
+    # A conversation's first token is no label: nothing of its own comes before it.
+    owners = owners.repeat_interleave(torch.tensor([sum(n != -100 for n in one["labels"][1:]) for one in samples]))
     sums = torch.zeros(len(objects), dtype=torch.float64).index_add_(0, owners, losses).tolist()
     counts = owners.bincount(minlength=len(objects)).tolist()
     return [{"loss": loss, "tokens": count} for loss, count in zip(sums, counts, strict=True)]
