@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 
 from pointalign.config import ModelSettings, Recipe, from_dict, load_recipe
 from pointalign.errors import ConfigError, DataError
@@ -470,6 +471,30 @@ def test_a_compiled_run_is_the_plain_one(
     compiled, plain = (RunFolder(run).metrics() for run in runs.values())
     for loss in ("lm_loss", "alignment_loss", "grad_norm"):
         assert [line[loss] for line in compiled] == pytest.approx([line[loss] for line in plain], rel=2e-4)
+
+
+def test_a_step_does_not_walk_through_all_modules(start: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Thousands of modules in a language model in LoRA, several times a step: as long as a GPU's step."""
+    walks, named_modules, train_mode = [0], nn.Module.named_modules, nn.Module.train
+
+    def counted(module: nn.Module, *given: Any, **named: Any) -> Any:
+        walks[0] += isinstance(module, PointAlignForConditionalGeneration)
+        return named_modules(module, *given, **named)
+
+    def set_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+        walks[0] += isinstance(module, PointAlignForConditionalGeneration)
+        return train_mode(module, mode)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    monkeypatch.setattr(nn.Module, "train", set_mode)
+    found = []
+    for steps in (2, 7):
+        walks[0] = 0
+        recipe = tiny_recipe(start, save_steps=100, logging_steps=100)
+        recipe.optimizer.max_steps = steps
+        train(recipe, tmp_path / str(steps))
+        found.append(walks[0])
+    assert found[0] == found[1] > 0
 
 
 ALL_PARTS = ["connector", "language_model_lora", "language_model_norms"]

@@ -24,7 +24,7 @@ from pointalign.parts import (
     select_parts,
     set_query_experts,
 )
-from pointalign.recipe_trainer import learning_rate_at, parameter_groups, trained_state
+from pointalign.recipe_trainer import learning_rate_at, parameter_groups, trained_state, walked_once
 from pointalign.training import alignment_target, build_regularizer
 
 
@@ -355,3 +355,22 @@ def test_a_lora_that_is_there_goes_on_and_says_so(adapted, capsys):
     add_lora(adapted, LoraSettings(rank=64), train_norms=True)
     assert "has a LoRA already (rank 2, alpha 16, dropout 0.05)" in capsys.readouterr().err
     assert adapted.language_model.peft_config["default"].r == 2
+
+
+def test_a_model_that_is_walked_once_is_as_ever(adapted):
+    names = [name for name, _ in adapted.named_parameters()]
+    count = adapted.num_parameters(exclude_embeddings=True)
+    adapted.eval()
+    with walked_once(adapted):
+        assert [id(p) for p in adapted.parameters()] == [id(p) for _, p in adapted.named_parameters()]
+        assert list(adapted.parameters(recurse=False)) == []
+        assert adapted.num_parameters(exclude_embeddings=True) == count < adapted.num_parameters()
+        dropout = next(m for n, m in adapted.named_modules() if "lora_dropout" in n)
+        for _ in range(2):
+            assert adapted.train() is adapted
+            assert adapted.training
+            assert dropout.training
+            assert not adapted.eval().training
+            assert not dropout.training
+    assert not {"parameters", "train", "num_parameters"} & adapted.__dict__.keys()
+    assert [name for name, _ in adapted.named_parameters()] == names

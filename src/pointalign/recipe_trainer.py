@@ -6,7 +6,9 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from pointalign.config import OptimizerSettings
@@ -47,6 +49,37 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+@contextmanager
+def walked_once(model: nn.Module) -> Iterator[None]:
+    """While this lasts, a model's modules are not walked again at every step; its weights, and which train, must stay.
+
+    Trainer counts weights, looks for them to clip and to clear their gradients, and asks for training mode at every step:
+    each is a walk through all modules, thousands of a language model in LoRA, and together as long as a GPU's step.
+    """
+    weights, kind, awake = list(model.parameters()), type(model), False
+
+    def parameters(recurse: bool = True) -> Iterator[nn.Parameter]:
+        return iter(weights) if recurse else kind.parameters(model, recurse=False)
+
+    def train(mode: bool = True) -> nn.Module:
+        nonlocal awake
+        if not (mode and awake and model.training):
+            kind.train(model, mode)
+        awake = mode
+        return model
+
+    changed: dict[str, Any] = {"parameters": parameters, "train": train}
+    if isinstance(model, PreTrainedModel):
+        changed["num_parameters"] = cache(model.num_parameters)
+    for name, function in changed.items():
+        setattr(model, name, function)
+    try:
+        yield
+    finally:
+        for name in changed:
+            delattr(model, name)
+
+
 class RecipeTrainer(Trainer):
     """transformers' Trainer with a recipe's optimiser, schedule, batches, and checkpoints of what trains.
 
@@ -67,6 +100,12 @@ class RecipeTrainer(Trainer):
             prepare_to_split(self.accelerator, self.model)  # pyright: ignore[reportArgumentType]
         self._sums: dict[str, float] = {}
         self._steps_summed = 0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, without walking through all modules at every step; where FSDP splits weights, they change."""
+        model: Any = self.model
+        with nullcontext() if self.is_fsdp_enabled else walked_once(model):
+            return super().train(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Also splits models on CPUs, where the arguments ask for FSDP."""

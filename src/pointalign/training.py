@@ -74,25 +74,24 @@ class AlignmentTrainer(RecipeTrainer):
         super().__init__(**kwargs)
         self.regularizer, self.target, self.packing, self.compile = regularizer, target, packing, compile
         self.cuda_graphs = cuda_graphs
+        self.unwrapped: Any = self.model
         self._num_point_tokens: Tensor | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, on packed conversations and compiled blocks where that is asked for and can be."""
-        model: Any = self.accelerator.unwrap_model(self.model)  # pyright: ignore[reportArgumentType]
         with ExitStack() as stack:
             if self.packing:
-                if stack.enter_context(packing_attention(model.language_model, bf16=bool(self.args.bf16))):
+                if stack.enter_context(packing_attention(self.unwrapped.language_model, bf16=bool(self.args.bf16))):
                     self.data_collator.packing = packed_positions  # pyright: ignore
                 else:
                     say("this language model does not keep packed conversations apart; they are padded instead")
-            stack.enter_context(compiled_blocks(model, self.compile))
+            stack.enter_context(compiled_blocks(self.unwrapped, self.compile))
             self.cuda_graphs = self.cuda_graphs and self._can_record()
-            stack.enter_context(graphed_blocks(model, self.cuda_graphs))
+            stack.enter_context(graphed_blocks(self.unwrapped, self.cuda_graphs))
             return super().train(*args, **kwargs)
 
     def _can_record(self) -> bool:
         """Whether CUDA graphs can be recorded; why not is said."""
-        model: Any = self.accelerator.unwrap_model(self.model)  # pyright: ignore[reportArgumentType]
         args = self.args
         reason = why_not_graphed(
             args.device.type,
@@ -100,7 +99,7 @@ class AlignmentTrainer(RecipeTrainer):
             args.gradient_accumulation_steps,
             packed=self.data_collator.packing is not None,  # pyright: ignore
             checkpointing=bool(args.gradient_checkpointing),
-            trains=any(weight.requires_grad for weight in model.language_model.parameters()),
+            trains=any(weight.requires_grad for weight in self.unwrapped.language_model.parameters()),
         )
         if reason:
             say(f"cuda_graphs does nothing here: {reason}")
@@ -118,7 +117,7 @@ class AlignmentTrainer(RecipeTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch on the device; where its point tokens stand is looked up before, so that the device is not waited for."""
-        config: Any = self.accelerator.unwrap_model(self.model).config  # pyright: ignore
+        config = self.unwrapped.config
         if self.cuda_graphs:
             inputs = rounded_up(inputs, filler=0 if config.point_token_id else 1)
         placeholders = inputs["input_ids"] == config.point_token_id
@@ -157,7 +156,7 @@ class AlignmentTrainer(RecipeTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _target(self, features: dict[str, Tensor]) -> Any:
-        config: Any = self.accelerator.unwrap_model(self.model).config  # pyright: ignore
+        config = self.unwrapped.config
         if features.get(ALIGNMENT_FIELDS[self.target]) is not None:
             return alignment_target(features, self.target, config.num_point_tokens)
         return lambda output: alignment_target(output.points, self.target, config.num_point_tokens)
