@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,37 @@ def test_the_curve_over_objects_is_what_the_command_told() -> None:
         low, high = point["interval"]
         assert f"{100 * point['mean']:.1f} ({100 * low:.0f} to {100 * high:.0f})" in page
     assert len(told["points"]) == 10
+
+
+def test_the_table_of_folds_is_what_the_commands_told() -> None:
+    page = (EXPERIMENTS / "bars.md").read_text(encoding="utf-8")
+    told = json.loads((EXPERIMENTS / "bars" / "folds.json").read_text(encoding="utf-8"))
+    recipe, baselines = told["recipe"], told["baselines"]["baselines"]
+
+    def cell(mean: float, interval: Sequence[float], factor: float = 1, sign: str = "") -> str:
+        value, low, high = (factor * number for number in (mean, *interval))
+        return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+    accuracy, similarity = recipe["accuracy"], recipe["caption_similarity"]
+    accuracy, similarity = cell(accuracy["mean"], accuracy["interval"], 100), cell(**without_n(similarity))
+    rows = [f"| {accuracy} | | {similarity} | |"]
+    for name, numbers in baselines.items():
+        minus = {measure: without_n(found) for measure, found in recipe[f"minus_{name}"].items()}
+        cells = (
+            cell(numbers["accuracy"], numbers["interval"], 100),
+            cell(**minus["classification"], factor=100, sign="+"),
+            cell(numbers["caption_similarity"], numbers["caption_interval"]),
+            cell(**minus["captioning"], sign="+"),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    assert [row for row in rows if row not in page] == []
+    assert len(rows) == 5
+    assert {recipe["accuracy"]["n"], recipe["caption_similarity"]["n"], told["baselines"]["n"]} == {820}
+
+
+def without_n(found: dict[str, Any]) -> dict[str, Any]:
+    """The mean and its interval."""
+    return {name: found[name] for name in ("mean", "interval")}
 
 
 def test_the_table_of_geometry_is_what_the_probes_told() -> None:
