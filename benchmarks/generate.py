@@ -6,6 +6,7 @@
     python benchmarks/generate.py --size tiny                      # the same path at a tiny size, in seconds
     python benchmarks/generate.py --size paper --static            # ours in batches, cache of fixed size, compiled on a GPU
     python benchmarks/generate.py --growth                         # 1, 4, 16 times the rows and the longest answer
+    python benchmarks/generate.py --quality                        # both procedures' captions against the references
 
 Each procedure is a process of its own with the same weights; they take turns, so that a busy machine slows both. The
 published one answers 15 objects at a time with 2 beams and sampling (temperature 0.2, top-p 0.7), knows no end symbol, so that
@@ -42,13 +43,18 @@ from pointalign.answering.loading import load_answerer
 from pointalign.answering.refill import can_refill, refilled_ids
 from pointalign.config import Recipe
 from pointalign.data.household import load_household
+from pointalign.data.household_text import reference_caption
 from pointalign.device import native_bf16
 from pointalign.errors import CheckpointError
 from pointalign.evaluation.benchmarks import CAPTION
+from pointalign.evaluation.statistics import paired_difference, summarize
+from pointalign.evaluation.text_metrics import measure_name, similarity
 from pointalign.options import Decoding
+from pointalign.progress import progress
 from pointalign.released import RELEASED_GENERATION
 from pointalign.run_folder import environment
 from pointalign.runs import quiet
+from pointalign.sentence_embedding import MINILM
 
 PUBLISHED_BATCH = 15
 # Objects of a round, rows of ours, longest answer, rounds. Source of 100 and 150: PointAlign (arXiv 2603.00412).
@@ -307,6 +313,31 @@ def agreement(ours: list[str], published: list[str]) -> dict[str, float]:
     }
 
 
+def quality(options: argparse.Namespace) -> dict[str, Any]:
+    """Similarity x 100 of both procedures' captions to those of the held-out objects, and its paired difference."""
+    quiet()
+    things = load_household("test")[: options.objects]
+    references, scores, texts = [reference_caption(thing) for thing in things], {}, {}
+    for name in PROCEDURES:
+        options.worker = name
+        made = open_model(options, uses_bf16(options))
+        together = options.rows if name == "ours" else PUBLISHED_BATCH
+        answers: list[list[int]] = []
+        with progress(f"captions: {name}", len(things)) as advance:
+            for start in range(0, len(things), together):
+                part = made.clouds[start : start + together]
+                answers += WAYS[name](Made(made.answerer, part), options)
+                advance(len(part))
+        texts[name] = decoded(made, answers)
+        scores[name] = similarity(texts[name], references, MINILM)["per_object"]
+    told: dict[str, Any] = {"benchmark": "generate_quality", "size": options.size, "measure": measure_name(MINILM)}
+    told |= {name: summarize(values) for name, values in scores.items()}
+    told["ours_minus_published"] = paired_difference(scores["published"], scores["ours"])
+    where = environment(Recipe())
+    told["agreement"] = agreement(texts["ours"], texts["published"])
+    return told | {name: where[name] for name in ("device", "threads", "versions")}
+
+
 def growth(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of our answers with 1, 4 and 16 times the rows, and the longest answer; no answer ends earlier.
 
@@ -352,8 +383,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of our path")
     parser.add_argument("--static", action="store_true", help="ours through transformers' static cache")
     parser.add_argument("--growth", action="store_true", help="measure growth instead")
+    parser.add_argument("--quality", action="store_true", help="measure captions instead, about all held-out objects")
     parser.add_argument("--worker", choices=PROCEDURES, help=argparse.SUPPRESS)
     options = parser.parse_args(given)
+    if options.quality and options.size != "household":
+        parser.error("--quality needs --size household: random weights have none")
+    if options.quality and options.objects is None:
+        options.objects = len(load_household("test"))
     for name, value in zip(("objects", "rows", "max_new_tokens", "rounds"), DEFAULTS[options.size], strict=True):
         chosen = getattr(options, name) if getattr(options, name) is not None else value
         if chosen < 1:
@@ -361,6 +397,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setattr(options, name, chosen)
     if options.worker:
         work(options)
+        return
+    if options.quality:
+        print(json.dumps(quality(options)))
         return
     print(json.dumps(growth(options) if options.growth else compare(options, given)))
 

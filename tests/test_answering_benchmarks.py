@@ -30,6 +30,15 @@ def test_growth_of_batch_and_answer_length() -> None:
         assert told[name]["exponent"] < 1.3
 
 
+def test_quality_of_both_procedures() -> None:
+    told = run_benchmark("generate.py", "--size", "household", "--quality", "--objects", "3", "--max-new-tokens", "6")
+    difference = told["ours_minus_published"]
+    assert difference["n"] == told["ours"]["n"] == 3
+    assert difference["mean"] == pytest.approx(told["ours"]["mean"] - told["published"]["mean"])
+    assert 0 < told["published"]["mean"] < 100
+    assert told["agreement"]["objects"] == 3
+
+
 def test_loading_by_part() -> None:
     told = run_benchmark("load.py", "--rounds", "1", "--max-new-tokens", "3")
     parts = {name: value["cpu"] for name, value in told["ours"].items() if isinstance(value, dict)}

@@ -1,5 +1,6 @@
 """Who trains, how fast, and what of it is kept. The whole run has its own test."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -372,5 +373,14 @@ def test_a_model_that_is_walked_once_is_as_ever(adapted):
             assert dropout.training
             assert not adapted.eval().training
             assert not dropout.training
+        adapted.train()
+        dropout.eval()  # by a callback, say
+        assert adapted.train() is adapted
+        assert dropout.training
+        twin = copy.deepcopy(adapted)
+        assert not {id(p) for p in twin.parameters()} & {id(p) for p in adapted.parameters()}
+        assert [id(p) for p in twin.parameters()] == [id(p) for _, p in twin.named_parameters()]
+        assert not twin.eval().training
+        assert adapted.training
     assert not {"parameters", "train", "num_parameters"} & adapted.__dict__.keys()
     assert [name for name, _ in adapted.named_parameters()] == names

@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,34 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+class _Walked:
+    """What a walk through a model's modules finds; a copy of the model copies it too, so no function stands in for it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.weights = model, list(model.parameters())
+        self.awake: list[tuple[nn.Module, bool]] = []
+        self.counted: dict[tuple[Any, ...], int] = {}
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As `nn.Module.parameters`."""
+        return iter(self.weights) if recurse else type(self.model).parameters(self.model, recurse=False)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As `nn.Module.train`; nothing is done where all modules are as the last call left them."""
+        if not mode or not self.awake or any(module.training is not now for module, now in self.awake):
+            type(self.model).train(self.model, mode)
+            self.awake = [(module, module.training) for module in self.model.modules()] if mode else []
+        return self.model
+
+    def num_parameters(self, *given: Any, **named: Any) -> int:
+        """As `PreTrainedModel.num_parameters`."""
+        key = (*given, *named.items())
+        if key not in self.counted:
+            model: Any = self.model
+            self.counted[key] = type(model).num_parameters(model, *given, **named)
+        return self.counted[key]
+
+
 @contextmanager
 def walked_once(model: nn.Module) -> Iterator[None]:
     """While this lasts, a model's modules are not walked again at every step; its weights, and which train, must stay.
@@ -56,27 +83,14 @@ def walked_once(model: nn.Module) -> Iterator[None]:
     Trainer counts weights, looks for them to clip and to clear their gradients, and asks for training mode at every step:
     each is a walk through all modules, thousands of a language model in LoRA, and together as long as a GPU's step.
     """
-    weights, kind, awake = list(model.parameters()), type(model), False
-
-    def parameters(recurse: bool = True) -> Iterator[nn.Parameter]:
-        return iter(weights) if recurse else kind.parameters(model, recurse=False)
-
-    def train(mode: bool = True) -> nn.Module:
-        nonlocal awake
-        if not (mode and awake and model.training):
-            kind.train(model, mode)
-        awake = mode
-        return model
-
-    changed: dict[str, Any] = {"parameters": parameters, "train": train}
-    if isinstance(model, PreTrainedModel):
-        changed["num_parameters"] = cache(model.num_parameters)
-    for name, function in changed.items():
-        setattr(model, name, function)
+    walked = _Walked(model)
+    names = ["parameters", "train", *(["num_parameters"] if isinstance(model, PreTrainedModel) else [])]
+    for name in names:
+        setattr(model, name, getattr(walked, name))
     try:
         yield
     finally:
-        for name in changed:
+        for name in names:
             delattr(model, name)
 
 

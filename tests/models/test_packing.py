@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from test_language_models import MODELS
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MambaConfig
 
 from pointalign.alignment import AlignmentRegularizer
 from pointalign.config import LoraSettings
 from pointalign.data.conversations import Collator
+from pointalign.models import packing
 from pointalign.models.packing import (
     PACKED_ATTENTION,
     _fused_attention,
-    _has_flash,
     _plain_attention,
     keeps_apart,
     packed_attention,
@@ -218,17 +219,46 @@ def test_dropout_of_attention_is_drawn_in_training(build_model: Any) -> None:
         assert not torch.equal(model(input_ids=ids, use_cache=False, **places).logits, still)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def attend_by_ends(
+    query: Tensor, key: Tensor, value: Tensor, begins: Tensor, same: Tensor, longest: int, again: int,
+    *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:  # fmt: skip
+    """What PyTorch's `varlen_attn` promises, (T, H, D), conversation by conversation."""
+    assert torch.equal(begins, same)
+    assert begins.dtype == torch.int32
+    assert longest == again >= int(begins.diff().max())
+    outputs = []
+    for start, end in pairwise(begins.tolist()):
+        scores = torch.einsum("qhd,khd->hqk", query[start:end].float(), key[start:end].float())
+        back = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (back >= -window_size[1]) & ((back <= window_size[0]) | (window_size[0] < 0))
+        weights = (scores * (query.shape[2] ** -0.5 if scale is None else scale)).masked_fill(~seen, -torch.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights.softmax(dim=-1), value[start:end].float()))
+    return torch.cat(outputs).to(query.dtype)
+
+
+def heads_and_places(device: str) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
+    """Queries, keys and values of four conversations, a gradient, and where they end."""
+    draw, lengths = torch.Generator().manual_seed(0), [5, 70, 1, 52]
+    heads = [torch.randn(1, 4, sum(lengths), 80, generator=draw).to(device, torch.bfloat16) for _ in range(3)]
+    gradient = torch.randn(1, sum(lengths), 4, 80, generator=draw).to(device, torch.bfloat16)
+    ends = packed_positions(lengths)["cu_seq_lens_q"].to(device)
+    return heads, gradient, {"cu_seq_lens_q": ends, "max_length_q": 128}
+
+
+ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize("window", [None, 9])
-def test_flash_attention_by_ends_is_a_row_for_each_conversation(window: int | None) -> None:
-    if not _has_flash(torch.device("cuda", torch.cuda.current_device())):
+def test_flash_attention_by_ends_is_a_row_for_each_conversation(
+    window: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":
+        monkeypatch.setattr(packing, "varlen_attn", attend_by_ends)
+    elif not packing._has_flash(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("this GPU or PyTorch has no flash attention by ends")
-    draw = torch.Generator("cuda").manual_seed(0)
-    lengths = [5, 70, 1, 52]
-    given = packed_positions(lengths)
-    places = {"cu_seq_lens_q": given["cu_seq_lens_q"].cuda(), "max_length_q": 128}
-    heads = [torch.randn(1, 4, sum(lengths), 80, device="cuda", generator=draw).bfloat16() for _ in range(3)]
-    gradient = torch.randn(1, sum(lengths), 4, 80, device="cuda", generator=draw).bfloat16()
+    heads, gradient, places = heads_and_places(device)
     results = []
     for flash in (False, True):
         leaves = [head.clone().requires_grad_() for head in heads]
@@ -236,3 +266,35 @@ def test_flash_attention_by_ends_is_a_row_for_each_conversation(window: int | No
         results.append((output, *torch.autograd.grad(output, leaves, gradient)))
     for one, other in zip(*results, strict=True):
         assert (one.float() - other.float()).abs().max() <= 2e-2 * one.float().abs().max()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key_heads", "width"), [(torch.float32, 4, 80), (torch.bfloat16, 2, 80), (torch.bfloat16, 4, 12)]
+)
+def test_what_flash_attention_does_not_take_has_rows(
+    dtype: torch.dtype, key_heads: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "varlen_attn", lambda *given, **named: pytest.fail("not for these"))
+    query = torch.randn(1, 4, 6, width, dtype=dtype)
+    key = torch.randn(1, key_heads, 6, width, dtype=dtype)
+    output, _ = packed_attention(torch.nn.Identity(), query, key, key, None, flash=True, **packed_positions([2, 4]))
+    assert output.shape == (1, 6, 4, width)
+
+
+def test_where_flash_attention_refuses_conversations_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which builds and cards have it is not known by version alone."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval().bfloat16()
+    monkeypatch.setattr(packing, "_has_flash", lambda device: True)
+
+    def refused(*given: Any, **named: Any) -> Tensor:
+        raise RuntimeError("USE_FLASH_ATTENTION was not enabled for build.")
+
+    for attend, way in ((attend_by_ends, packing.PACKED_FLASH), (refused, PACKED_ATTENTION)):
+        monkeypatch.setattr(packing, "varlen_attn", attend)
+        with packing_attention(model, bf16=True) as possible:
+            assert possible
+            assert model.config._attn_implementation == way
+        assert model.config._attn_implementation == "sdpa"

@@ -8,12 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from pointalign.decoder_blocks import compiled_blocks
 from pointalign.models.phi import PhiVariantAttention, PhiVariantConfig
-from pointalign.models.phi_heads import join_heads, split_heads
+from pointalign.models.phi_heads import join_heads, one_pass, split_heads
 from randomness import randomize
 from test_kernels import needs_triton, run
 
@@ -68,6 +69,17 @@ def test_one_pass_gives_what_the_modules_give(batch: int, length: int, same_plac
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
 
 
+def test_norms_that_lie_elsewhere_are_called_as_modules() -> None:
+    """accelerate leaves nothing of an offloaded norm but its shape until the module is called."""
+    with FakeTensorMode():
+        fused = torch.empty(1, 2, HEADS, 3, WIDTH, device="cuda")
+        there = [torch.empty(WIDTH, device="cuda") for _ in range(4)]
+        assert one_pass(fused, there)
+        for device in ("cpu", "meta"):
+            assert not one_pass(fused, [*there[:3], torch.empty(WIDTH, device=device)])
+        assert not one_pass(torch.empty(1, 2, HEADS, 3, WIDTH), [torch.empty(WIDTH)] * 4)
+
+
 def test_the_operators_keep_pytorchs_rules() -> None:
     """Shapes without values, gradients, and dynamic shapes, as its compiler needs them."""
     given = Given(2, 5, False)
@@ -95,7 +107,7 @@ def test_a_model_whose_norms_train_is_the_same_in_one_pass(compiled: bool, monke
         return output.logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     wanted, gradients = results()
-    monkeypatch.setattr("pointalign.models.phi.one_pass", lambda fused: True)
+    monkeypatch.setattr("pointalign.models.phi.one_pass", lambda fused, norms: True)
     with compiled_blocks(model, compiled):
         got, others = results()
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)

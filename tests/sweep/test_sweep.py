@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,28 +182,36 @@ def start(
     return folder / "model"
 
 
-def test_held_out_loss_by_hand(start: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["packed attention", "packed by positions", "padded"])
+def test_held_out_loss_by_hand(way: str, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_model(start)
     loaded.model.float()
+    if way == "packed by positions":
+        loaded.model.language_model.set_attn_implementation("eager")
+    if way == "padded":
+        monkeypatch.setattr(
+            "pointalign.evaluation.held_out_loss.packing_attention", lambda *given, **named: nullcontext(False)
+        )
     found = held_out_loss(loaded, tmp_path / "loss", limit=3)
-    thing = load_household("test")[2]
-    total, count = 0.0, 0
-    for entry in build_instructions([thing]):
-        roles = {"human": "user", "gpt": "assistant"}
-        messages = []
-        for turn in entry["conversations"]:
-            text = turn["value"].removeprefix("<point>\n")
-            cloud = [{"type": "point_cloud"}] if text != turn["value"] else []
-            messages.append({"role": roles[turn["from"]], "content": [*cloud, {"type": "text", "text": text}]})
-        encoded = loaded.processor.encode(messages)
-        ids, labels = (torch.tensor([encoded[name]]) for name in ("input_ids", "labels"))
-        points = loaded.processor.prepare_points(thing.points)[None]
-        with torch.inference_mode():
-            logits = loaded.model(input_ids=ids, point_clouds=points).logits.float()
-        total += float(F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum"))
-        count += int((labels != -100).sum())
-    assert list(found) == [one.id for one in load_household("test")[:3]]
-    assert found[thing.id] == pytest.approx(total / count, rel=1e-4)
+    things = load_household("test")[:3]
+    assert list(found) == [thing.id for thing in things]
+    for thing in things[:2]:  # which share a batch
+        total, count = 0.0, 0
+        for entry in build_instructions([thing]):
+            roles = {"human": "user", "gpt": "assistant"}
+            messages = []
+            for turn in entry["conversations"]:
+                text = turn["value"].removeprefix("<point>\n")
+                cloud = [{"type": "point_cloud"}] if text != turn["value"] else []
+                messages.append({"role": roles[turn["from"]], "content": [*cloud, {"type": "text", "text": text}]})
+            encoded = loaded.processor.encode(messages)
+            ids, labels = (torch.tensor([encoded[name]]) for name in ("input_ids", "labels"))
+            points = loaded.processor.prepare_points(thing.points)[None]
+            with torch.inference_mode():
+                logits = loaded.model(input_ids=ids, point_clouds=points).logits.float()
+            total += float(F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum"))
+            count += int((labels != -100).sum())
+        assert found[thing.id] == pytest.approx(total / count, rel=1e-5)
     loaded.model.forward = lambda **given: pytest.fail("computed again")
     assert held_out_loss(loaded, tmp_path / "loss", limit=3) == found
 

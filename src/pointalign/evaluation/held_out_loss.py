@@ -42,13 +42,15 @@ def held_out_loss(loaded: LoadedModel, out: Path, limit: int | None = None) -> d
     """
     objects = load_household("test")[:limit]
     clouds = HouseholdClouds(objects)
-    ledger = Ledger(out, "loss", {"model": loaded.fingerprint, "clouds": clouds.fingerprint, "dtype": loaded.dtype})
     by_id = {thing.id: thing for thing in objects}
     language_model = loaded.model.language_model
     with (
         packing_attention(language_model, bf16=loaded.dtype == "bfloat16") as packed,
         progress("held-out next-token loss", len(objects)) as advance,
     ):
+        # In bfloat16 the last digits of a loss depend on it.
+        same = {"model": loaded.fingerprint, "clouds": clouds.fingerprint, "dtype": loaded.dtype, "packed": packed}
+        ledger = Ledger(out, "loss", same)
         collate = Collator(loaded.processor, packing=packed_positions if packed else None)
         ledger.fill(
             list(by_id),
@@ -74,7 +76,7 @@ def _losses(loaded: LoadedModel, collate: Collator, objects: Sequence[Any]) -> l
     del batch["alignment_mask"]
     batch = {name: value.to(loaded.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     labels, kept = batch.pop("labels"), batch["logits_to_keep"]
-    logits = model(**batch).logits
+    logits = model(**batch, use_cache=False).logits  # with a cache transformers looks for no packing
     wanted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, kept]
     learnt = wanted != -100
     losses = F.cross_entropy(logits[learnt].float(), wanted[learnt], reduction="none").double().cpu()

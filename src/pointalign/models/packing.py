@@ -10,6 +10,7 @@ Letters: S conversations, L the longest one, T tokens, H heads, G key heads, D w
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,10 +27,12 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before PyTorch 2.10
     varlen_attn = None
+if varlen_attn is not None and "window_size" not in inspect.signature(varlen_attn).parameters:  # PyTorch 2.10
+    varlen_attn = None
 
 PACKED_ATTENTION, PACKED_FLASH = "pointalign_packed", "pointalign_packed_by_ends"
-# What flash attention takes: widths of a head, and cards from this compute capability on.
-FLASH_WIDTHS, FLASH_CAPABILITY = range(8, 257, 8), (8, 0)
+# What flash attention takes, also on the way back: widths of a head, and cards from this compute capability on.
+FLASH_WIDTHS, FLASH_CAPABILITY = range(8, 193, 8), (8, 0)
 
 
 def packed_positions(lengths: Sequence[int]) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def packed_attention(
     ends, length = kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"])
     count, tokens, width = len(ends) - 1, key.shape[2], query.shape[3]
     dropout = dropout if module.training else 0.0
-    if flash and not dropout and _suits_flash(query, key):
+    if flash and not dropout and _suits_flash(query, key, value):
         assert varlen_attn is not None
         # Not tensor[0], whose gradient is a copy.
         queries, keys, values = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
@@ -160,9 +163,10 @@ def packed_attention(
     return heads.index_select(0, places).view(1, tokens, -1, width), None
 
 
-def _suits_flash(query: Tensor, key: Tensor) -> bool:
-    same = query.dtype == key.dtype == torch.bfloat16 and query.shape[1] == key.shape[1]
-    return same and query.shape[3] in FLASH_WIDTHS
+def _suits_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether all three are in bfloat16, of the same heads (keys are not shared) and of a width that it takes."""
+    alike = query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype
+    return alike and query.dtype == torch.bfloat16 and query.shape[3] in FLASH_WIDTHS
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
@@ -193,9 +197,9 @@ AttentionInterface.register(PACKED_FLASH, partial(packed_attention, flash=True))
 
 
 def _has_flash(device: torch.device) -> bool:
-    if varlen_attn is None or device.type != "cuda" or torch.version.cuda is None:
+    if varlen_attn is None or device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
         return False
-    return torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
 @contextmanager
@@ -203,7 +207,8 @@ def packing_attention(language_model: Any, bf16: bool) -> Iterator[bool]:
     """While this lasts, a language model attends to packed conversations; tells whether it keeps them apart.
 
     Its attention is replaced by `packed_attention` where it is PyTorch's. Whether conversations stay apart is tried out, not
-    known by name: models without attention, with positions of their own, or that take no position ids do not.
+    known by name: models without attention, with positions of their own, or that take no position ids do not. It is to be
+    run without a cache of keys and values, with which transformers looks for no packing.
 
     Args:
         language_model: any causal language model of transformers, inside peft or not.
@@ -212,11 +217,13 @@ def packing_attention(language_model: Any, bf16: bool) -> Iterator[bool]:
     base: Any = language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
     own = base.config._attn_implementation
     try:
-        if own == "sdpa":
-            base.set_attn_implementation(PACKED_FLASH if _has_flash(base.device) else PACKED_ATTENTION)
+        ways = [PACKED_FLASH] if _has_flash(base.device) else []
+        for way in [*ways, PACKED_ATTENTION] if own == "sdpa" else []:
+            base.set_attn_implementation(way)
             if keeps_apart(language_model, bf16):
                 yield True
                 return
+        if own == "sdpa":
             base.set_attn_implementation(own)
         yield keeps_apart(language_model, bf16)
     finally:
@@ -252,7 +259,9 @@ def keeps_apart(language_model: Any, bf16: bool) -> bool:
     try:
         packed, alone = logits(first, second), logits(second)
         other = logits((first + 1) % vocabulary, second)
-    except (TypeError, ValueError, KeyError):  # it does not take such arguments
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, KeyError, RuntimeError):  # it does not take such arguments, or heads of such shapes
         return False
     finally:
         for module, mode in modes:

@@ -81,15 +81,15 @@ class PhiVariantAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states (B, L, D) to attended ones of the same shape, and the weights where the backend gives them."""
         fused = self.query_key_value(hidden_states).unflatten(-1, (-1, 3, self.head_dim))
-        if one_pass(fused):
-            q_norm, k_norm = self.q_layernorm, self.k_layernorm
-            norms = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
+        q_norm, k_norm = self.q_layernorm, self.k_layernorm
+        norms = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
+        if one_pass(fused, norms):
             query, key, value = (
                 x.transpose(1, 2) for x in split_heads(fused, *norms, *position_embeddings, q_norm.eps)
             )
         else:
             query, key, value = fused.transpose(1, 2).unbind(dim=3)
-            query, key = self._rotate(self.q_layernorm(query), self.k_layernorm(key), position_embeddings)
+            query, key = self._rotate(q_norm(query), k_norm(key), position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(

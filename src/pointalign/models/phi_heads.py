@@ -6,6 +6,7 @@ compiler has a good one. Letters: B batch, L length, H heads, D width of a head,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor
 from pointalign.geometry import kernel_runs
 
 
-def one_pass(fused: Tensor) -> bool:
-    """Whether `split_heads` is for a tensor: on a GPU it is; a CPU's own kernels suit these rows."""
-    return fused.is_cuda
+def one_pass(fused: Tensor, norms: Sequence[Tensor]) -> bool:
+    """Whether `split_heads` is for a tensor: on a GPU it is; a CPU's own kernels suit these rows.
+
+    Norms whose weights lie elsewhere, offloaded by accelerate, are fetched when they are called as modules.
+    """
+    return fused.is_cuda and all(norm.device == fused.device for norm in norms)
 
 
 @torch.library.custom_op("pointalign::split_heads", mutates_args=())
