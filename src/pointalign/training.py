@@ -119,7 +119,7 @@ class AlignmentTrainer(RecipeTrainer):
         """A batch on the device; where its point tokens stand is looked up before, so that the device is not waited for."""
         config = self.unwrapped.config
         if self.cuda_graphs:
-            inputs = rounded_up(inputs, filler=0 if config.point_token_id else 1)
+            inputs = rounded_up(inputs, filler=config.filler_token_id)
         placeholders = inputs["input_ids"] == config.point_token_id
         aligned = inputs["alignment_mask"].flatten().nonzero().flatten()
         found = {"point_positions": placeholders.flatten().nonzero().flatten(), "alignment_mask": aligned}

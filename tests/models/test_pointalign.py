@@ -69,6 +69,13 @@ def greedy_by_hand(model, prompt, clouds, steps):
 # What the model computes
 
 
+@pytest.mark.parametrize("point", [0, 1, 259])
+def test_what_fills_rows_up_is_no_point_token(point):
+    config = PointAlignConfig(point_token_id=point)
+    assert config.filler_token_id != point
+    assert "filler_token_id" not in config.to_dict()
+
+
 def test_every_part_matters_to_the_logits(model, clouds):
     before = logits_of(model, clouds)
     for part in (

@@ -133,8 +133,7 @@ class _Prompts:
         longest = max(map(len, rests))
         ids = torch.stack([F.pad(rest, (longest - len(rest), 0)) for rest in rests])
         there = torch.stack([F.pad(torch.ones_like(rest), (longest - len(rest), 0)) for rest in rests])
-        # A pad must not be taken for a point token, whatever the ids are.
-        ids = ids.masked_fill(there == 0, 0 if self.model.config.point_token_id else 1)
+        ids = ids.masked_fill(there == 0, self.model.config.filler_token_id)
         places = [range(self.first_cloud[number], self.first_cloud[number + 1]) for number in numbers]
         shown = [self.point_tokens[place] for span in places for place in span]
         embeds = self.model.embed_inputs(ids, torch.stack(shown) if shown else None)

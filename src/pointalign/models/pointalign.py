@@ -78,6 +78,11 @@ class PointAlignConfig(PreTrainedConfig):
             self.text_config._attn_implementation = attention
 
     @property
+    def filler_token_id(self) -> int:
+        """What fills rows up where nobody looks: any id but the point token's, which would ask for a cloud."""
+        return 0 if self.point_token_id else 1
+
+    @property
     def num_point_tokens(self) -> int:
         """Point tokens that one cloud becomes in the language model's input."""
         connector, encoder = self.connector_config, self.point_encoder_config
