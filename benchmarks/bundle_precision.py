@@ -1,7 +1,7 @@
 """What a model loses when its trained weights are stored small: float32 against bfloat16 and int8, on held-out objects.
 
-    python benchmarks/bundle_precision.py runs/household-135m-align/model            # minutes on two cores
-    python benchmarks/bundle_precision.py runs/household-135m-align/model --objects 20
+    python benchmarks/bundle_precision.py runs/household-135m-caption/model            # minutes on two cores
+    python benchmarks/bundle_precision.py runs/household-135m-caption/model --objects 20
 
 Each storage is written to a folder of its own and loaded as any model. int8 is one scale per row of each matrix. It ends in one
 line of JSON: for each storage the MiB of trained weights, accuracy by likelihood, on how many objects the class is that of

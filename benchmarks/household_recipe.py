@@ -1,4 +1,4 @@
-"""The bundled model's recipe, cross-validated over all 820 objects: three trainings and an evaluation for each fold.
+"""The bundled model's recipe, cross-validated over all 820 objects: four trainings and an evaluation for each fold.
 
     python benchmarks/household_recipe.py --extra extra.parquet --out runs/folds                      # hours on two cores
     python benchmarks/household_recipe.py --extra extra.parquet --out runs/validation --parts validation-0
@@ -31,7 +31,7 @@ from pointalign.progress import say
 from pointalign.runs import train
 from pointalign.sentence_embedding import MINILM
 
-STAGES = ("encoder", "pretrain", "align")
+STAGES = ("encoder", "pretrain", "align", "caption")
 MEASURES = {"classification": ACCURACY, "captioning": measure_name(MINILM)}
 
 

@@ -18,6 +18,7 @@ from pointalign.config import (
     recipe_names,
     to_yaml,
 )
+from pointalign.data.conversations import CONVERSATION_TYPES
 from pointalign.errors import ConfigError
 
 
@@ -127,7 +128,8 @@ def test_every_bundled_recipe_is_read_and_written(tmp_path, name):
     recipe = load_recipe(name)
     assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
     types = {kind for part in recipe.data.sets for kind in part.types}
-    assert types <= {"simple_description", "detailed_description", "single_round", "multi_round"}
+    assert types <= set(CONVERSATION_TYPES)
+    assert "caption" not in types or recipe.data.source == "household", "only its objects have them"
 
 
 # What a recipe takes from another

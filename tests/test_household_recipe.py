@@ -28,6 +28,7 @@ def test_stages_follow_each_other_and_hold_out_the_same_part(script: ModuleType,
         None,
         str(tmp_path / "encoder" / "model"),
         str(tmp_path / "pretrain" / "model"),
+        str(tmp_path / "align" / "model"),
     ]
     assert recipes["encoder"].data.extra == "x.parquet"
     assert recipes["pretrain"].optimizer.max_steps == 7

@@ -135,7 +135,7 @@ class DataSet:
     """One of the sets that a run mixes; at each step one set is drawn."""
 
     types: list[str] = field(default_factory=lambda: ["simple_description"])
-    """Conversation types it holds: simple_description, detailed_description, single_round, multi_round."""
+    """Conversation types: simple_description, detailed_description, single_round, multi_round; of household also caption."""
     odds: float = 1.0
     """Chance of being drawn, relative to the other sets'."""
     batch_size: int = 8

@@ -13,7 +13,14 @@ import pytest
 from pointalign.data.colors import dominant_colors, name_colors, srgb_to_oklab
 from pointalign.data.household import HouseholdObject, household_classes, load_household
 from pointalign.data.household_phrases import PROPORTIONS
-from pointalign.data.household_text import build_instructions, describe, label_phrases, proportions, reference_caption
+from pointalign.data.household_text import (
+    build_captions,
+    build_instructions,
+    describe,
+    label_phrases,
+    proportions,
+    reference_caption,
+)
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +205,13 @@ def test_phrasings_vary(instructions: list[dict]) -> None:
     assert len(questions) >= 12
     starts = Counter(" ".join(item["conversations"][1]["value"].split()[:2]) for item in instructions)
     assert len(starts) >= 8
+
+
+def test_captions_are_written_as_references_are(objects):
+    captions = build_captions(objects[:5])
+    assert [item["object_id"] for item in captions] == [thing.id for thing in objects[:5]]
+    for item, thing in zip(captions, objects, strict=False):
+        assert item["conversation_type"] == "caption"
+        question, answer = item["conversations"]
+        assert question == {"from": "human", "value": "<point>\nCaption this 3D model in detail."}
+        assert answer == {"from": "gpt", "value": reference_caption(thing)}

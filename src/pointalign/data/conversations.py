@@ -21,7 +21,8 @@ from pointalign.data.json_list import MEBIBYTE, json_entries
 from pointalign.errors import ConfigError, DataError
 from pointalign.progress import progress
 
-CONVERSATION_TYPES = ("simple_description", "detailed_description", "single_round", "multi_round")
+# PointLLM's four, and an object's caption in the words that references are given in.
+CONVERSATION_TYPES = ("simple_description", "detailed_description", "single_round", "multi_round", "caption")
 POINT_MARK = "<point>"
 ROLES = {"human": "user", "gpt": "assistant"}
 # Reading a file that takes longer shows its progress.

@@ -162,6 +162,19 @@ def build_instructions(objects: Iterable[Named]) -> list[dict[str, Any]]:
     return found
 
 
+def build_captions(objects: Iterable[Named]) -> list[dict[str, Any]]:
+    """One conversation of type `caption` about each object: the field's prompt, answered by its reference caption.
+
+    So are the field's own data: PointLLM's brief descriptions are the captions that held-out objects are judged against, and
+    a model is trained to write as they do.
+
+    Source: PointLLM (arXiv 2308.16911), section 3: brief descriptions are Cap3D's captions.
+    """
+    return [
+        _conversation(thing.id, "caption", [(DETAILED_QUESTIONS[0], reference_caption(thing))]) for thing in objects
+    ]
+
+
 def _brief(facts: ObjectFacts, seed: str, k: int) -> str:
     """One sentence on what it is; the first and third also on its colours."""
     what = _what(facts, _choice(len(WHAT_ANSWERS), seed, f"what {k}"))
