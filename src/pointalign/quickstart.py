@@ -30,7 +30,7 @@ CAPTIONED = Path("household-captioning", "metrics", RESULTS_FILE)
 
 
 def quickstart_recipes(fast: bool) -> dict[str, Recipe]:
-    """The quick start's two runs: the bundled model's last stage, with alignment and without it.
+    """The quick start's two runs: the bundled model's third stage, with alignment and without it.
 
     Args:
         fast: two steps each, on a tenth of the objects.
