@@ -132,6 +132,21 @@ def choose_nearest(queries: Tensor, xyz: Tensor, k: int) -> Tensor:
 
 
 @triton.jit
+def _partners(lane, half: tl.constexpr):
+    """Which lane each one is rotated with; itself behind the rotated ones."""
+    return tl.where(lane < half, lane + half, tl.where(lane < 2 * half, lane - half, lane))
+
+
+@triton.jit
+def _moments(x, inside, eps, WIDTH: tl.constexpr):
+    """Mean of each row of x (ROWS, LANES), what differs from it, and what makes that of variance 1."""
+    mean = (tl.sum(x, axis=1) / WIDTH)[:, None]
+    centered = tl.where(inside, x - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centered * centered, axis=1) / WIDTH + eps)[:, None]
+    return mean, centered, scale
+
+
+@triton.jit
 def _split_heads(
     fused, query_weight, query_bias, key_weight, key_bias, cos, sin, query, key, value,
     rows, heads, places, eps, WIDTH: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
@@ -142,7 +157,7 @@ def _split_heads(
     there, known = row[:, None] < rows, lane[None, :] < WIDTH
     inside, turned = there & known, there & (lane[None, :] < ROTARY)
     half: tl.constexpr = ROTARY // 2
-    partner = tl.where(lane < half, lane + half, tl.where(lane < ROTARY, lane - half, lane))
+    partner = _partners(lane, half)
     angle = ((row // heads) % places)[:, None] * ROTARY + lane[None, :]
     cosine = tl.load(cos + angle, mask=turned, other=1.0).to(tl.float32)
     sine = tl.load(sin + angle, mask=turned, other=0.0).to(tl.float32)
@@ -151,9 +166,7 @@ def _split_heads(
     into = row.to(tl.int64)[:, None] * WIDTH + lane[None, :]
     for part in tl.static_range(2):
         x = tl.load(fused + base + part * WIDTH + lane[None, :], mask=inside, other=0.0).to(tl.float32)
-        mean = (tl.sum(x, axis=1) / WIDTH)[:, None]
-        centered = tl.where(inside, x - mean, 0.0)
-        scale = tl.rsqrt(tl.sum(centered * centered, axis=1) / WIDTH + eps)[:, None]
+        mean, centered, scale = _moments(x, inside, eps, WIDTH)
         weights = query_weight if part == 0 else key_weight
         biases = query_bias if part == 0 else key_bias
         weight = tl.load(weights + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
@@ -179,7 +192,7 @@ def _join_heads(
     """Gradients query, key and value (rows, WIDTH); gradient as fused; norms (programs, 4, WIDTH) float32."""
     lane = tl.arange(0, LANES)
     half: tl.constexpr = ROTARY // 2
-    partner = tl.where(lane < half, lane + half, tl.where(lane < ROTARY, lane - half, lane))
+    partner = _partners(lane, half)
     for part in tl.static_range(2):
         weights = query_weight if part == 0 else key_weight
         weight = tl.load(weights + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
@@ -201,9 +214,7 @@ def _join_heads(
             other = tl.load(given + start + partner[None, :], mask=turned, other=0.0).to(tl.float32)
             plain = own * cosine + other * sine
             x = tl.load(fused + base + part * WIDTH, mask=inside, other=0.0).to(tl.float32)
-            mean = (tl.sum(x, axis=1) / WIDTH)[:, None]
-            centered = tl.where(inside, x - mean, 0.0)
-            scale = tl.rsqrt(tl.sum(centered * centered, axis=1) / WIDTH + eps)[:, None]
+            _, centered, scale = _moments(x, inside, eps, WIDTH)
             normal = centered * scale
             of_weight += plain * normal
             of_bias += plain

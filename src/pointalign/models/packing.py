@@ -217,15 +217,14 @@ def packing_attention(language_model: Any, bf16: bool) -> Iterator[bool]:
     base: Any = language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
     own = base.config._attn_implementation
     try:
-        ways = [PACKED_FLASH] if _has_flash(base.device) else []
-        for way in [*ways, PACKED_ATTENTION] if own == "sdpa" else []:
-            base.set_attn_implementation(way)
+        flash = [PACKED_FLASH] if _has_flash(base.device) else []
+        for way in [*flash, PACKED_ATTENTION, own] if own == "sdpa" else [own]:
+            if base.config._attn_implementation != way:
+                base.set_attn_implementation(way)
             if keeps_apart(language_model, bf16):
                 yield True
                 return
-        if own == "sdpa":
-            base.set_attn_implementation(own)
-        yield keeps_apart(language_model, bf16)
+        yield False
     finally:
         if base.config._attn_implementation != own:
             base.set_attn_implementation(own)
