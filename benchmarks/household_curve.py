@@ -1,11 +1,11 @@
-"""Accuracy over the number of training objects: what more data, and nothing else, would bring on the bundled objects.
+"""Accuracy over training objects and over parameters: what more of either would bring on the bundled objects.
 
-    python benchmarks/household_curve.py --extra extra.parquet --out runs/curve       # half an hour on one core
+    python benchmarks/household_curve.py --extra extra.parquet --out runs/curve       # an hour and a half on one core
 
-The bundled model's point encoder is trained from scratch on shares of the training objects, and once on all of them with the
-extra ones; a linear classifier reads its features (class token, mean and maximum). Beside it stand the baselines that learn no
-shape, on the same shares. Scored is a part of the training side; the held-out 100 are not looked at. Stopped in any way,
-the same command goes on where it was. It writes `curve.png` and ends in one line of JSON.
+The bundled model's point encoder is trained from scratch on shares of the training objects, once on all of them with the
+extra ones, and on all of them at other widths; a linear classifier reads its features (class token, mean and maximum). Beside
+it stand the baselines that learn no shape, on the same shares. Scored is a part of the training side; the held-out 100 are not
+looked at. Stopped in any way, the same command goes on where it was. It writes `curve.png` and ends in one line of JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pointalign.config import Recipe, load_recipe
@@ -36,12 +37,26 @@ from pointalign.progress import say
 from pointalign.runs import quiet, train
 
 BATCH = 32
+WIDTH = load_recipe("household-135m-encoder").model.point_encoder.hidden_size
 NAMES = {"encoder": "point encoder", "forest": "random forest", "chamfer": "chamfer neighbour"}
 
 
-def encoder_recipe(held_out: str, fraction: float, steps: int, extra: Path | None) -> Recipe:
-    """The bundled model's first stage, on a share of its objects, for so many steps."""
+def encoder_recipe(held_out: str, fraction: float, steps: int, extra: Path | None, width: int = WIDTH) -> Recipe:
+    """The bundled model's first stage, on a share of its objects, for so many steps.
+
+    Args:
+        held_out: scored part, as a recipe's `data.held_out`.
+        fraction: of the other objects.
+        steps: of the optimizer.
+        extra: the file of extra objects, None for none of them.
+        width: of the encoder's transformer, in heads as wide as the bundled one's; its group encoder's grows as much.
+    """
     recipe = load_recipe("household-135m-encoder")
+    encoder = recipe.model.point_encoder
+    encoder.group_hidden_sizes = [size * width // WIDTH for size in encoder.group_hidden_sizes]
+    encoder.group_width = encoder.group_width * width // WIDTH
+    encoder.num_attention_heads = encoder.num_attention_heads * width // WIDTH
+    encoder.hidden_size = width
     recipe.data.held_out, recipe.data.fraction = held_out, fraction
     recipe.data.extra = str(extra) if extra else None
     recipe.optimizer.max_steps = steps
@@ -49,27 +64,28 @@ def encoder_recipe(held_out: str, fraction: float, steps: int, extra: Path | Non
 
 
 @torch.inference_mode()
-def read_features(model: Path, objects: Sequence[HouseholdObject]) -> np.ndarray:
-    """(objects, 3 D): class token, maximum and mean of the other tokens, the size told."""
-    loaded = PointAlignForConditionalGeneration.from_pretrained(model).eval()
-    processor = load_processor(str(model))
+def read_features(run: Path, objects: Sequence[HouseholdObject]) -> tuple[np.ndarray, int]:
+    """(objects, 3 D): class token, maximum and mean of the other tokens, the size told; and the encoder's parameters."""
+    model = PointAlignForConditionalGeneration.from_pretrained(run / "model").eval()
+    processor = load_processor(str(run / "model"))
     rows = []
     for start in range(0, len(objects), BATCH):
         clouds = [processor.prepare_points(thing.sized_points) for thing in objects[start : start + BATCH]]
-        tokens = loaded.point_encoder(torch.stack(clouds))
+        tokens = model.point_encoder(torch.stack(clouds))
         rows.append(torch.cat([tokens[:, 0], tokens[:, 1:].amax(dim=1), tokens[:, 1:].mean(dim=1)], dim=-1))
-    return torch.cat(rows).numpy()
+    return torch.cat(rows).numpy(), sum(weight.numel() for weight in model.point_encoder.parameters())
 
 
 def encoder_right(
-    model: Path, train_objects: Sequence[HouseholdObject], asked: Sequence[HouseholdObject]
-) -> list[bool]:
-    """Whether a linear classifier on a trained encoder's features is right about each object."""
+    run: Path, train_objects: Sequence[HouseholdObject], asked: Sequence[HouseholdObject]
+) -> tuple[list[bool], int]:
+    """Whether a linear classifier on a run's encoder is right about each object; and the encoder's parameters."""
     objects = [*train_objects, *asked]
     labels = np.array([thing.label for thing in objects])
     known = np.arange(len(train_objects))
-    found = linear_class(read_features(model, objects), labels, [(known, np.arange(len(known), len(objects)))])
-    return [not lost for lost in found.lost]
+    features, parameters = read_features(run, objects)
+    found = linear_class(features, labels, [(known, np.arange(len(known), len(objects)))])
+    return [not lost for lost in found.lost], parameters
 
 
 def baseline_right(name: str, train_objects: Sequence[HouseholdObject], asked: Sequence[HouseholdObject]) -> list[bool]:
@@ -79,35 +95,44 @@ def baseline_right(name: str, train_objects: Sequence[HouseholdObject], asked: S
     return [classes[int(np.argmax(one.scores))] == thing.label for one, thing in zip(found, asked, strict=True)]
 
 
+def draw_line(
+    axes: Axes, points: Sequence[Mapping[str, Any]], over: str, title: str, shift: float = 1, marker: str = "o-"
+) -> None:
+    """Accuracy with its interval over one of a point's numbers, a factor beside it so that lines do not hide each other."""
+    places = [shift * point[over] for point in points]
+    [line] = axes.plot(places, [100 * point["mean"] for point in points], marker, label=title)
+    for place, point in zip(places, points, strict=True):
+        axes.plot([place, place], [100 * end for end in point["interval"]], color=line.get_color(), alpha=0.5)
+
+
 def draw_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy with its interval over the number of labelled training objects; a star has the extra objects as well."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
+    """Accuracy over labelled training objects, a star with the extra ones as well; and over the encoder's parameters."""
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    by_objects, by_parameters = figure.subplots(1, 2, sharey=True)
+    usual = [point for point in points if point["width"] in (None, WIDTH)]
     for shift, (name, title) in zip((0.97, 1.0, 1.03), NAMES.items(), strict=True):
-        line = [point for point in points if point["method"] == name and not point["extra"]]
-        color = axes.plot([shift * p["objects"] for p in line], [100 * p["mean"] for p in line], "o-", label=title)[
-            0
-        ].get_color()
-        for point in (point for point in points if point["method"] == name):
-            place, (low, high) = shift * point["objects"], point["interval"]
-            axes.plot([place, place], [100 * low, 100 * high], color=color, alpha=0.5)
-            if point["extra"]:
-                axes.plot(
-                    place,
-                    100 * point["mean"],
-                    "*",
-                    color=color,
-                    markersize=13,
-                    label=f"{title}, {point['extra']:,} more",
-                )
-    axes.set_xscale("log")
-    ticks = sorted({point["objects"] for point in points})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("labelled training objects")
-    axes.set_ylabel(f"accuracy, %, 95 % interval (n = {points[0]['n']})")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        line = [point for point in usual if point["method"] == name and not point["extra"]]
+        draw_line(by_objects, line, "objects", title, shift)
+    for point in (point for point in usual if point["extra"]):
+        draw_line(by_objects, [point], "objects", f"{NAMES[point['method']]}, {point['extra']:,} more", 1.09, "*")
+    most = max(point["objects"] for point in points)
+    wide = [point for point in points if point["width"] and point["objects"] == most and not point["extra"]]
+    draw_line(
+        by_parameters,
+        sorted(wide, key=lambda point: point["width"]),
+        "parameters",
+        f"{NAMES['encoder']}, {most} objects",
+    )
+    for axes, name in ((by_objects, "objects"), (by_parameters, "parameters")):
+        shown = sorted({point[name] for point in (usual if name == "objects" else wide)})
+        axes.set_xscale("log")
+        axes.set_xticks(shown, [f"{tick / 1e6:.1f} M" if name == "parameters" else str(tick) for tick in shown])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    by_objects.set_xlabel("labelled training objects")
+    by_parameters.set_xlabel("parameters of the point encoder")
+    by_objects.set_ylabel(f"accuracy, %, 95 % interval (n = {points[0]['n']})")
     save_figure(figure, path)
 
 
@@ -118,6 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/curve"), help="folder for runs and results")
     parser.add_argument("--held-out", default="validation-0", help="scored part, as a recipe's data.held_out")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.25, 0.5, 1.0])
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[WIDTH // 2, WIDTH * 2], help="further ones, of encoders"
+    )
     parser.add_argument("--steps", type=int, default=400, help="of each encoder")
     given = parser.parse_args(arguments)
     if not given.extra.is_file():
@@ -125,18 +153,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet()
     known, asked = household_sides(given.held_out)
     points: list[dict[str, Any]] = []
-    for fraction, extra in [*((fraction, None) for fraction in given.fractions), (1.0, given.extra)]:
+    plan = [(fraction, None, WIDTH) for fraction in given.fractions]
+    plan += [(1.0, given.extra, WIDTH), *((1.0, None, width) for width in given.widths)]
+    for fraction, extra, width in plan:
         kept = keep_fraction([thing.id for thing in known], fraction)
         objects = [thing for thing in known if thing.id in kept]
         more = len(load_extra(extra)) if extra else 0
-        say(f"{len(objects)} objects" + (f" and {more} extra ones" if more else ""))
-        run = given.out / f"{len(objects)}{'-extra' if extra else ''}"
-        train(encoder_recipe(given.held_out, fraction, given.steps, extra), run, resume=True)
-        found = {"encoder": encoder_right(run / "model", objects, asked)}
-        if not extra:
-            found |= {name: baseline_right(name, objects, asked) for name in ("forest", "chamfer")}
-        for method, right in found.items():
-            points.append({"method": method, "objects": len(objects), "extra": more, **summarize_share(right)})
+        say(f"{len(objects)} objects" + (f" and {more} extra ones" if more else "") + f", width {width}")
+        run = given.out / f"{len(objects)}{'-extra' if extra else ''}{f'-width-{width}' if width != WIDTH else ''}"
+        train(encoder_recipe(given.held_out, fraction, given.steps, extra, width), run, resume=True)
+        point = {"objects": len(objects), "extra": more}
+        right, parameters = encoder_right(run, objects, asked)
+        points.append(
+            {"method": "encoder", **point, "width": width, "parameters": parameters, **summarize_share(right)}
+        )
+        for name in ("forest", "chamfer") if not extra and width == WIDTH else ():
+            told = summarize_share(baseline_right(name, objects, asked))
+            points.append({"method": name, **point, "width": None, "parameters": None, **told})
     draw_curve(points, given.out / "curve.png")
     print(json.dumps({"held_out": given.held_out, "steps": given.steps, "points": points}))
 

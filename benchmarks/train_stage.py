@@ -3,6 +3,7 @@
     python benchmarks/train_stage.py                          # household data, SmolLM2-135M
     python benchmarks/train_stage.py --size paper --steps 50  # random weights of the paper's sizes, on a GPU
     python benchmarks/train_stage.py --size paper --steps 100 --cuda-graphs    # recorded; --compile: fused kernels as well
+    python benchmarks/train_stage.py --size paper --steps 100 --cuda-graphs --compile --float8    # products in 8-bit floats
     python benchmarks/train_stage.py --size paper --quantize nf4 --gradient-checkpointing    # 4-bit weights, on a small card
     python benchmarks/train_stage.py --times 4                # four times the conversations a step
     python benchmarks/train_stage.py --size tiny --steps 4    # the same path in seconds
@@ -124,7 +125,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         recipe, model, processor = prepare(options.size, folder, options.steps, not bf16)
         os.environ["POINTALIGN_CACHE"] = str(folder / "cache")
         recipe.precision, recipe.packing = options.precision, options.packing
-        recipe.compile, recipe.cuda_graphs = options.compile, options.cuda_graphs
+        recipe.compile, recipe.cuda_graphs, recipe.float8 = options.compile, options.cuda_graphs, options.float8
         recipe.gradient_checkpointing = options.gradient_checkpointing
         recipe.logging_steps = min(options.steps, 10)
         for kind in recipe.data.sets:
@@ -171,6 +172,7 @@ def told(
         "packing": recipe.packing,
         "compile": recipe.compile,
         "cuda_graphs": recipe.cuda_graphs,
+        "float8": recipe.float8,
         "quantize": options.quantize,
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "precision": "bf16" if bf16 else "fp32",
@@ -197,6 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--cuda-graphs", action="store_true", help="on a GPU: record the decoder blocks' launches")
+    parser.add_argument(
+        "--float8", action="store_true", help="frozen matrices multiply in 8-bit floats, on a card that does"
+    )
     parser.add_argument("--quantize", choices=["nf4", "int8"], help="of the frozen language model's matrices")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations on the way back")
     parser.add_argument("--forbid-waiting", action="store_true", help="on a GPU: end when a step waits for it")

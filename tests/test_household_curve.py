@@ -25,6 +25,15 @@ def test_only_the_objects_and_the_steps_differ_from_the_bundled_encoder(script: 
     assert script.encoder_recipe("fold-1", 1.0, 9, Path("x.parquet")).data.extra == "x.parquet"
 
 
+def test_a_wider_encoder_has_more_heads_of_the_same_width(script: ModuleType) -> None:
+    recipe, usual = (script.encoder_recipe("fold-1", 1.0, 9, None, width) for width in (384, 192))
+    wide = recipe.model.point_encoder
+    assert (wide.hidden_size, wide.num_attention_heads) == (384, 12)
+    assert (wide.group_hidden_sizes, wide.group_width) == ([96, 192, 384], 256)
+    recipe.model.point_encoder = usual.model.point_encoder
+    assert recipe == usual
+
+
 def test_baselines_are_right_where_their_best_class_is_the_objects(script: ModuleType) -> None:
     known, asked = household_sides("validation-0")
     labels = [thing.label for thing in known]
@@ -38,10 +47,13 @@ def test_baselines_are_right_where_their_best_class_is_the_objects(script: Modul
 def test_the_figure(script: ModuleType, tmp_path: Path) -> None:
     row = {"mean": 0.4, "n": 142, "interval": [0.3, 0.5]}
     points = [
-        {"method": method, "objects": count, "extra": 0, **row}
-        for method in ("encoder", "forest", "chamfer")
+        {"method": method, "objects": count, "extra": 0, "width": None, "parameters": None, **row}
+        for method in ("forest", "chamfer")
         for count in (144, 578)
     ]
-    points.append({"method": "encoder", "objects": 578, "extra": 2935, **row})
+    points += [
+        {"method": "encoder", "objects": count, "extra": extra, "width": width, "parameters": 10_000 * width, **row}
+        for count, extra, width in ((144, 0, 192), (578, 0, 192), (578, 2935, 192), (578, 0, 384))
+    ]
     script.draw_curve(points, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

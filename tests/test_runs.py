@@ -527,6 +527,33 @@ def test_what_cannot_be_recorded_is_told_and_trained_all_the_same(
     assert_same(final_weights(unbroken), final_weights(tmp_path / "run"))
 
 
+def test_a_run_on_products_in_8_bit_floats_is_nearly_the_plain_one(
+    start: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("POINTALIGN_CACHE", str(cache))
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.0}
+    recipe = tiny_recipe(start, lora=lora, precision="bf16", logging_steps=1)
+    train(replace(recipe, float8=True), tmp_path / "narrow")
+    assert "float8 does nothing here: the language model has no frozen matrices" in capsys.readouterr().err
+    monkeypatch.setattr("pointalign.models.float8.NARROWEST", 16)
+    train(replace(recipe, float8=True), tmp_path / "rounded")
+    told = capsys.readouterr().err
+    if "does not multiply them here" in told:
+        pytest.skip(told)
+    assert "float8" not in told
+    losses = {
+        run: torch.tensor(
+            [[line[name] for name in ("lm_loss", "alignment_loss")] for line in RunFolder(folder).metrics()]
+        )
+        for run, folder in (("plain", tmp_path / "narrow"), ("rounded", tmp_path / "rounded"))
+    }
+    apart = (losses["rounded"] / losses["plain"] - 1).abs()
+    assert 1e-4 < apart[0].max() < 0.02, "at the first step, before any weight has moved"
+    assert apart.mean() < 0.05
+    kept = [(tmp_path / run / "model" / "config.json").read_text() for run in ("narrow", "rounded")]
+    assert kept[0] == kept[1]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_records_what_it_computes(start: Path, tmp_path: Path, monkeypatch: Any) -> None:
     recipe = tiny_recipe(start, lora={"rank": 2, "alpha": 4, "dropout": 0.0}, trains=ALL_PARTS)

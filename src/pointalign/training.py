@@ -18,6 +18,7 @@ from pointalign.data.conversations import Collator, ConversationDataset
 from pointalign.data.mixture import MixtureBatchSampler, NumberedBatches
 from pointalign.decoder_blocks import compiled_blocks
 from pointalign.errors import ConfigError
+from pointalign.models.float8 import float8_products, why_not_float8
 from pointalign.models.packing import packed_positions, packing_attention, rounded_up
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.progress import say
@@ -59,6 +60,7 @@ class AlignmentTrainer(RecipeTrainer):
         packing: lay conversations end to end instead of padding them, if the language model keeps them apart.
         compile: compile the decoder blocks, see `compiled_blocks`.
         cuda_graphs: record them, see `graphed_blocks`.
+        float8: multiply by their frozen matrices in 8-bit floats, see `float8_products`.
         kwargs: passed to `RecipeTrainer`.
     """
 
@@ -69,11 +71,12 @@ class AlignmentTrainer(RecipeTrainer):
         packing: bool = False,
         compile: bool = False,
         cuda_graphs: bool = False,
+        float8: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.regularizer, self.target, self.packing, self.compile = regularizer, target, packing, compile
-        self.cuda_graphs = cuda_graphs
+        self.cuda_graphs, self.float8 = cuda_graphs, float8
         self.unwrapped: Any = self.model
         self._num_point_tokens: Tensor | None = None
 
@@ -85,10 +88,19 @@ class AlignmentTrainer(RecipeTrainer):
                     self.data_collator.packing = packed_positions  # pyright: ignore
                 else:
                     say("this language model does not keep packed conversations apart; they are padded instead")
+            self.float8 = self.float8 and self._can_round()
+            stack.enter_context(float8_products(self.unwrapped, self.float8))
             stack.enter_context(compiled_blocks(self.unwrapped, self.compile))
             self.cuda_graphs = self.cuda_graphs and self._can_record()
             stack.enter_context(graphed_blocks(self.unwrapped, self.cuda_graphs))
             return super().train(*args, **kwargs)
+
+    def _can_round(self) -> bool:
+        """Whether products can be taken in 8-bit floats; why not is said."""
+        reason = why_not_float8(self.unwrapped, split=self.is_fsdp_enabled)
+        if reason:
+            say(f"float8 does nothing here: {reason}")
+        return reason is None
 
     def _can_record(self) -> bool:
         """Whether CUDA graphs can be recorded; why not is said."""
@@ -221,6 +233,7 @@ def build_trainer(
         packing=recipe.packing and not released,
         compile=recipe.compile,
         cuda_graphs=recipe.cuda_graphs,
+        float8=recipe.float8,
         batches=mixture(dataset, recipe),
         settings=recipe.optimizer,
         model=model,

@@ -48,6 +48,13 @@ BENCHMARKS = (
         ("paper",),
     ),
     Benchmark(
+        "train_stage_float8",
+        "the same, products of frozen matrices in 8-bit floats",
+        "train_stage.py",
+        ("--float8", "--compile", *RECORDED),
+        ("paper",),
+    ),
+    Benchmark(
         "train_stage_nf4",
         "the same on 4-bit weights, recomputing activations",
         "train_stage.py",
@@ -94,6 +101,7 @@ TARGETS = (
     Target(
         "train_stage_compiled", "seconds_for_10000_steps", 300, False, "cuda", "paper", "seconds of the whole stage"
     ),
+    Target("train_stage_float8", "seconds_for_10000_steps", 300, False, "cuda", "paper", "seconds of the whole stage"),
     Target("train_stage", "peak_memory_gib", 24, False, "cuda", "paper", "GiB while training"),
     Target("train_stage_nf4", "peak_memory_gib", 12, False, "cuda", "paper", "GiB while training on 4-bit weights"),
     Target("generate", "speedup", 10, True, "cuda", "paper", "answers per second, times the published procedure's"),
