@@ -53,7 +53,7 @@ def _multiply(rows: Tensor, matrix: Tensor, scale: Tensor, bias: Tensor | None, 
     # torch.nn.functional.scaled_mm is what is public, but PyTorch 2.11 cannot compile it.
     rounded, row_scale = to_float8(rows)
     return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        rounded, matrix.t(), row_scale, scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=fast
+        rounded.contiguous(), matrix.t(), row_scale, scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=fast
     )
 
 
