@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarking import BENCHMARKS, load_script
 from pointalign import recipe_table, runs
 from pointalign.config import Recipe, load_recipe, recipe_head, recipe_names
 from pointalign.errors import CheckpointError, ConfigError
@@ -42,17 +43,7 @@ HOUSEHOLD = [name for name in recipe_names() if name.startswith("household-")]
 PUBLISHED_RECIPES = [name for name in recipe_names() if name not in HOUSEHOLD]
 
 
-def load_benchmark() -> Any:
-    """The module benchmarks/true_size.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("true_size", ROOT / "benchmarks" / "true_size.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-true_size = load_benchmark()
+true_size = load_script(BENCHMARKS / "true_size.py")
 
 
 @pytest.fixture(scope="module")
