@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -57,3 +59,33 @@ def test_the_figure(script: ModuleType, tmp_path: Path) -> None:
     ]
     script.draw_curve(points, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_trains_and_scores_every_point(
+    script: ModuleType, write_extra: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """One step each, learnt from and scored on a few objects."""
+    known, asked = household_sides("validation-0")
+    monkeypatch.setattr(script, "household_sides", lambda part: (known[:60], asked[:30]))
+    recipe = script.encoder_recipe
+    monkeypatch.setattr(script, "encoder_recipe", lambda part, share, *given: recipe(part, 0.05 * share, *given))
+    extra = write_extra(tmp_path / "extra.parquet", ["chair", "lamp", "cup"] * 5)
+    arguments = ["--extra", str(extra), "--out", str(tmp_path / "curve"), "--steps", "1"]
+    script.main([*arguments, "--fractions", "1", "--widths", "96"])
+    told = json.loads(capsys.readouterr().out)
+    points = [(point["method"], point["objects"], point["extra"], point["width"]) for point in told["points"]]
+    assert points == [
+        ("encoder", 60, 0, 192),
+        ("forest", 60, 0, None),
+        ("chamfer", 60, 0, None),
+        ("encoder", 60, 15, 192),
+        ("encoder", 60, 0, 96),
+    ]
+    assert 3 < told["points"][0]["parameters"] / told["points"][-1]["parameters"] < 4
+    assert {point["n"] for point in told["points"]} == {30}
+    assert (tmp_path / "curve" / "curve.png").is_file()
+
+
+def test_without_the_extra_objects_it_says_how_to_get_them(script: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="is not there; build it with"):
+        script.main(["--extra", str(tmp_path / "none.parquet")])
