@@ -145,6 +145,17 @@ def schedule_weight(weight: float, schedule: AlignmentSchedule, progress: float,
     return weight if schedule == "stop" else weight * (1 - progress / stop_fraction)
 
 
+def check_layers(layers: Sequence[int], blocks: int) -> None:
+    """See that a model of so many decoder blocks has these layers.
+
+    Raises:
+        ConfigError: when it has not.
+    """
+    for layer in layers:
+        if not 1 <= layer <= blocks:
+            raise ConfigError(f"alignment layer {layer} does not exist: choose 1 to {blocks} for this model")
+
+
 @dataclass
 class AlignmentTerm:
     """The alignment loss of one forward pass, as a sum so that batches can be joined exactly.
@@ -235,9 +246,7 @@ class AlignmentRegularizer(nn.Module):
         if self._handles:
             raise ConfigError("this regulariser is attached already; call detach() first")
         blocks = layers_module if layers_module is not None else find_decoder_layers(model)
-        for layer in self.layers:
-            if not 1 <= layer <= len(blocks):
-                raise ConfigError(f"alignment layer {layer} does not exist: choose 1 to {len(blocks)} for this model")
+        check_layers(self.layers, len(blocks))
         self._handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             model.register_forward_hook(self._after_model),

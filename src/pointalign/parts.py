@@ -154,6 +154,17 @@ def prepare_parts(model: PointAlignForConditionalGeneration, recipe: Recipe) -> 
     return select_parts(model, recipe.trains)
 
 
+def check_names(names: Iterable[str]) -> None:
+    """See that names of parts are keys of `PARTS`.
+
+    Raises:
+        ConfigError: when one is not.
+    """
+    for name in names:
+        if name not in PARTS:
+            raise ConfigError(f"trains: unknown part {name!r}; known are {', '.join(PARTS)}")
+
+
 def select_parts(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """Let the named parts train and freeze everything else; trained weights are kept in float32.
 
@@ -169,11 +180,8 @@ def select_parts(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     Raises:
         ConfigError: for an unknown name, or one that means no weight of this model.
     """
-    counts: dict[str, int] = {}
-    for name in names:
-        if name not in PARTS:
-            raise ConfigError(f"trains: unknown part {name!r}; known are {', '.join(PARTS)}")
-        counts[name] = 0
+    check_names(names := list(names))
+    counts = dict.fromkeys(names, 0)
     for parameter_name, parameter in model.named_parameters():
         copied = ".original_module." in parameter_name
         owner = None if copied else next((name for name in counts if PARTS[name](parameter_name)), None)

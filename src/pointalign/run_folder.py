@@ -54,16 +54,22 @@ class RunFolder:
             ) from error
 
     def _check_same(self, recipe: Recipe) -> None:
-        # How the work is done is no part of what is trained.
-        how = {name: getattr(recipe, name) for name in ("fsdp", "workers", "compile", "cuda_graphs")}
-        started = replace(load_recipe(self.recipe_file), **how)
-        saved, asked = to_yaml(started).splitlines(), to_yaml(recipe).splitlines()
-        changed = sorted({line.strip() for line in set(saved) ^ set(asked)})
-        if changed:
+        if changed := self.changed_settings(recipe):
             raise ConfigError(
                 f"{self.path} was started with another recipe ({'; '.join(changed[:4])}); resume with the same settings "
                 "or name another --out"
             )
+
+    def changed_settings(self, recipe: Recipe) -> list[str]:
+        """Lines of the run's recipe and of another one that differ; how the work is done is no part of what is trained.
+
+        Raises:
+            ConfigError: when the run's recipe cannot be read.
+        """
+        how = {name: getattr(recipe, name) for name in ("fsdp", "workers", "compile", "cuda_graphs")}
+        started = replace(load_recipe(self.recipe_file), **how)
+        saved, asked = to_yaml(started).splitlines(), to_yaml(recipe).splitlines()
+        return sorted({line.strip() for line in set(saved) ^ set(asked)})
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written whole; its state file is written last."""

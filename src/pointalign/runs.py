@@ -18,21 +18,22 @@ from torch import Tensor
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from pointalign.alignment import AlignmentRegularizer
+from pointalign.alignment import AlignmentRegularizer, check_layers
 from pointalign.augmentation import AugmentedConversations
 from pointalign.config import ModelSettings, Recipe, check_seed, load_recipe, recipe_names
 from pointalign.contrastive import train_encoder
 from pointalign.data.conversations import ConversationDataset, PointCloudSource
 from pointalign.data.features import FeatureCache, weights_fingerprint
+from pointalign.data.household_split import check_part
 from pointalign.data.sources import OptionalSizes, check_paths, missing_color, open_training_data, read_clouds, unsized
 from pointalign.errors import ConfigError
 from pointalign.figures import draw_losses
 from pointalign.models.chat_text import choose_point_token
-from pointalign.models.checkpoint import fit_embeddings
+from pointalign.models.checkpoint import fit_embeddings, local_checkpoint, resolve_model
 from pointalign.models.language_model import load_language_model, load_tokenizer
 from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
 from pointalign.models.processing import PointAlignProcessor, load_processor
-from pointalign.parts import prepare_parts
+from pointalign.parts import check_names, prepare_parts
 from pointalign.progress import is_first_process, progress
 from pointalign.recipe_trainer import RecipeTrainer
 from pointalign.released import released_messages
@@ -213,11 +214,9 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
     """
     quiet()
     folder = RunFolder(out)
-    check_seed(recipe.seed)
     finished = (folder.model / "config.json").is_file()
     if not finished:
-        check_start(recipe)
-        check_paths(recipe.data)
+        check_recipe(recipe)
     if is_first_process():
         folder.open(recipe, resume)
     if finished:
@@ -243,13 +242,16 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 
 
-def check_start(recipe: Recipe) -> None:
-    """See that the folder a recipe starts from is there, before anything is asked of the Hub.
+def check_recipe(recipe: Recipe) -> None:
+    """See what can be seen of a recipe's mistakes before a model is loaded, or anything asked of the Hub.
 
     Raises:
-        ConfigError: when it is not, FSDP is to split a model that the stage does not train, or batches cannot be prepared by
-            other processes.
+        ConfigError: when its seed, parts, held-out part, layers or processes cannot be, or what it starts from is not there.
+        DataError: when its data are not there.
+        CheckpointError: when what it starts from is there and broken.
     """
+    check_seed(recipe.seed)
+    check_names(recipe.trains)
     if recipe.workers < 0:
         raise ConfigError(f"workers {recipe.workers} is no number of processes; give 0 or more")
     if recipe.workers and "fork" not in multiprocessing.get_all_start_methods():
@@ -257,13 +259,24 @@ def check_start(recipe: Recipe) -> None:
     if recipe.fsdp and recipe.stage == "encoder":
         raise ConfigError("fsdp splits a language model; stage encoder trains none: leave fsdp out")
     start = recipe.model.start_from
-    if start is None or start.count("/") < 2 or Path(start).is_dir():  # a Hub id has one slash
-        return
-    bundled = recipe.name in recipe_names() and load_recipe(recipe.name).model.start_from == start
-    hint = f"`pointalign recipes {recipe.name}` tells how to make it, or " if bundled else ""
-    raise ConfigError(
-        f"recipe {recipe.name} starts from {start}, which is not there; {hint}name another with --model.start-from"
-    )
+    if starts_from_nothing(start):
+        bundled = recipe.name in recipe_names() and load_recipe(recipe.name).model.start_from == start
+        hint = f"`pointalign recipes {recipe.name}` tells how to make it, or " if bundled else ""
+        raise ConfigError(
+            f"recipe {recipe.name} starts from {start}, which is not there; {hint}name another with --model.start-from"
+        )
+    if recipe.data.source == "household":
+        check_part(recipe.data.held_out)
+    check_paths(recipe.data)
+    folder = local_checkpoint(resolve_model(start)) if start is not None else None
+    if folder is not None and recipe.alignment.weight and recipe.stage == "language":
+        text: Any = PointAlignConfig.from_pretrained(folder).text_config
+        check_layers(recipe.alignment.layers, text.get_text_config(decoder=True).num_hidden_layers)
+
+
+def starts_from_nothing(start: str | None) -> bool:
+    """Whether a folder that a recipe starts from is not there; a Hub id, which has one slash, may be."""
+    return start is not None and start.count("/") >= 2 and not Path(start).is_dir()
 
 
 def _train(recipe: Recipe, folder: RunFolder) -> dict[str, int]:

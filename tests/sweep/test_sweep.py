@@ -111,6 +111,30 @@ def test_bad_files(changes: dict[str, Any], told: str, tmp_path: Path, capsys: p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"workers": -1}, "workers -1 is no number of processes"),
+        ({"trains": ["nothing"]}, "trains: unknown part 'nothing'"),
+        ({"data": {"held_out": "foo"}}, "there is no part 'foo' of household to hold out"),
+        ({"data": {"extra": "nope.parquet"}}, "nope.parquet"),
+        ({"alignment": {"layers": [99]}}, "alignment layer 99 does not exist: choose 1 to 30"),
+        ({"seed": -1}, "seed -1 is out of range"),
+    ],
+)
+def test_the_last_arms_mistake_is_told_before_the_first_one_runs(
+    changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    seeds = [0, changes.pop("seed", 1)]
+    arms = {"plain": {}, "last": changes}
+    values = {"base": "household-135m-align", "overrides": {"model": {"start_from": "household-135m-pretrain"}}}
+    file = tmp_path / "s.yaml"
+    file.write_text(yaml.safe_dump({**values, "arms": arms, "seeds": seeds}, sort_keys=False))
+    with pytest.raises(ConfigError, match=rf"s.yaml: arm \w+, seed -?\d: .*{told}"):
+        run_sweep(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("text", "told"), [(":\n - [", "is not YAML"), ("[1]", "is no sweep"), (None, "cannot read")])
 def test_files_that_are_none(text: str | None, told: str, tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
@@ -268,6 +292,16 @@ def test_a_sweep_stopped_by_ctrl_c_goes_on_and_repeats_nothing(
     for name in ("train", "evaluate", "held_out_loss"):
         monkeypatch.setattr(f"pointalign.sweep.run.{name}", lambda *given, **more: pytest.fail("repeated"))
     assert run_sweep(file, out)["measures"] == told["measures"]
+    slow["overrides"]["workers"] = 1  # how the work is done is no part of what was
+    file.write_text(yaml.safe_dump(slow, sort_keys=False))
+    assert run_sweep(file, out)["measures"] == told["measures"]
+    measured = out / "aligned" / "seed-0" / "measured.json"
+    was = measured.read_text()
+    for name, other in (("scored", {"dtype": "bfloat16", "packed": False}), ("start", "another")):
+        measured.write_text(json.dumps({**json.loads(was), name: other}))
+        with pytest.raises(ConfigError, match=r"aligned/seed-0: .* otherwise than for .*plain/seed-0; delete one"):
+            run_sweep(file, out)
+    measured.write_text(was)
     slow["overrides"]["lora"]["rank"] = 3
     file.write_text(yaml.safe_dump(slow, sort_keys=False))
     with pytest.raises(ConfigError, match="was run with other settings than the sweep file has now"):
@@ -290,6 +324,27 @@ def test_processes_share_a_sweep(start: Path, tmp_path: Path, monkeypatch: pytes
     assert json.loads(printed.splitlines()[-1])["runs"] == 2
     begun = [line for line in said.splitlines() if line.startswith("run ")]
     assert begun == ["run 2 of 2: aligned, seed 0", "run 1 of 2: plain, seed 0"]
+
+
+def test_one_row_alone(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POINTALIGN_CACHE", str(tmp_path / "cache"))
+    file, out = write_sweep(tmp_path / "s.yaml", start, seeds=[0, 1]), tmp_path / "out"
+    with pytest.raises(
+        ConfigError, match=r"has no run 'align': name an arm \(plain, aligned\) or ARM/seed-N with a seed of \[0, 1\]"
+    ):
+        run_sweep(file, out, only=["aligned/seed-1", "align"])
+    assert not out.exists()
+    assert main_returns(["sweep", str(file), "--out", str(out), "--only", "aligned/seed-1"]) == 0
+    assert sorted(path.name for path in out.glob("*/*")) == ["seed-1"]
+    told = json.loads((out / "results.json").read_text())
+    assert told["missing"] == ["plain, seed 0", "aligned, seed 0", "plain, seed 1"]
+    assert told["measures"]["accuracy"]["aligned"]["seeds"] == [1]
+
+
+def main_returns(arguments: list[str]) -> Any:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return ended.value.code
 
 
 def test_the_processes_of_one_run_are_refused(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

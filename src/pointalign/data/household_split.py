@@ -155,6 +155,20 @@ def family_folds(things: Sequence[LabelRow | HouseholdObject], folds: int = 5, s
     return found
 
 
+def check_part(held_out: str) -> None:
+    """See that a name is one of a part that can be held out, see `household_sides`.
+
+    Raises:
+        ConfigError: when it is not.
+    """
+    kind, _, number = held_out.partition("-")
+    if held_out != TEST and (kind not in (FOLD, VALIDATION) or number not in map(str, range(FOLDS))):
+        raise ConfigError(
+            f"there is no part {held_out!r} of household to hold out; known are {TEST}, {FOLD}-0 to {FOLD}-{FOLDS - 1} and "
+            f"{VALIDATION}-0 to {VALIDATION}-{FOLDS - 1}"
+        )
+
+
 def household_sides(held_out: str = TEST) -> tuple[list[HouseholdObject], list[HouseholdObject]]:
     """The objects to train on and the objects to measure on.
 
@@ -169,14 +183,10 @@ def household_sides(held_out: str = TEST) -> tuple[list[HouseholdObject], list[H
     Raises:
         ConfigError: when held_out is none of these.
     """
-    kind, _, number = held_out.partition("-")
+    check_part(held_out)
     if held_out == TEST:
         return load_household("train"), load_household(TEST)
-    if kind not in (FOLD, VALIDATION) or number not in map(str, range(FOLDS)):
-        raise ConfigError(
-            f"there is no part {held_out!r} of household to hold out; known are {TEST}, {FOLD}-0 to {FOLD}-{FOLDS - 1} and "
-            f"{VALIDATION}-0 to {VALIDATION}-{FOLDS - 1}"
-        )
+    kind, _, number = held_out.partition("-")
     objects = load_household() if kind == FOLD else load_household("train")
     folds = family_folds(objects, FOLDS)
     sides: tuple[list[HouseholdObject], list[HouseholdObject]] = ([], [])

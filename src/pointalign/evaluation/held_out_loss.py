@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pointalign.evaluation.ledger import Ledger
 from pointalign.models.packing import packed_positions, packing_attention
 from pointalign.progress import progress
 
+NAME = "loss"
 # Their eight conversations each are one batch.
 OBJECTS_AT_ONCE = 2
 LONGEST = 4096
@@ -50,7 +52,7 @@ def held_out_loss(loaded: LoadedModel, out: Path, limit: int | None = None) -> d
     ):
         # In bfloat16 the last digits of a loss depend on it.
         same = {"model": loaded.fingerprint, "clouds": clouds.fingerprint, "dtype": loaded.dtype, "packed": packed}
-        ledger = Ledger(out, "loss", same)
+        ledger = Ledger(out, NAME, same)
         collate = Collator(loaded.processor, packing=packed_positions if packed else None)
         ledger.fill(
             list(by_id),
@@ -60,6 +62,12 @@ def held_out_loss(loaded: LoadedModel, out: Path, limit: int | None = None) -> d
         )
     rows = ledger.rows()
     return {name: rows[name]["loss"] / rows[name]["tokens"] for name in by_id}
+
+
+def how_scored(out: Path) -> dict[str, Any]:
+    """`dtype` and `packed` of the losses that `held_out_loss` keeps in a folder: their last digits depend on both."""
+    settings = json.loads((out / f"{NAME}.settings.json").read_text(encoding="utf-8"))
+    return {name: settings[name] for name in ("dtype", "packed")}
 
 
 @torch.inference_mode()

@@ -5,25 +5,27 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
 
-from pointalign.config import Recipe, load_recipe
-from pointalign.errors import ConfigError, DataError
+from pointalign.config import Recipe
+from pointalign.errors import ConfigError, DataError, PointAlignError
 from pointalign.evaluation.asking import EvaluationSettings, load_model
 from pointalign.evaluation.compare import ACCURACY, object_values
-from pointalign.evaluation.held_out_loss import held_out_loss
+from pointalign.evaluation.held_out_loss import held_out_loss, how_scored
+from pointalign.evaluation.provenance import model_fingerprint
 from pointalign.evaluation.results import read_results
 from pointalign.evaluation.run import evaluate
 from pointalign.evaluation.text_metrics import measure_name
+from pointalign.models.checkpoint import resolve_model
 from pointalign.progress import say
 from pointalign.run_folder import RunFolder
 from pointalign.run_loop import SAME_COMMAND, RunStopped
-from pointalign.runs import check_start, train
+from pointalign.runs import check_recipe, starts_from_nothing, train
 from pointalign.sentence_embedding import MINILM
 from pointalign.storage import lock_of, write_text
 from pointalign.sweep.figure import draw_sweep
@@ -34,7 +36,7 @@ MEASURED_FILE, TABLE_FILE, REPORT_FILE, FIGURE_FILE = "measured.json", "results.
 CLASSIFICATION, CAPTIONING, LOSS = "household-classification", "household-captioning", "household-loss"
 
 
-def run_sweep(file: str | Path, out: str | Path) -> dict[str, Any]:
+def run_sweep(file: str | Path, out: str | Path, only: Sequence[str] = ()) -> dict[str, Any]:
     """Run a sweep; stopped in any way and run again, it goes on where it was.
 
     Several processes of one machine, with one cache folder, that run the same sweep share its runs among them.
@@ -43,6 +45,7 @@ def run_sweep(file: str | Path, out: str | Path) -> dict[str, Any]:
         file: see `load_sweep`.
         out: folder: ARM/seed-N is one run with its evaluation, `results.json` and `results.md` the table of all that is
             done and `results.png` its figure, written anew after each run.
+        only: these runs alone, as ARM or ARM/seed-N; all of the sweep's when none is named.
 
     Returns:
         `runs`, `against`, the table's numbers by measure and arm, and the table's files.
@@ -57,24 +60,19 @@ def run_sweep(file: str | Path, out: str | Path) -> dict[str, Any]:
         )
     folder = Path(out)
     sweep, recipes = load_sweep(file)
+    asked = _asked(recipes, only, file)
     for recipe in recipes.values():
-        try:
-            check_start(recipe)
-        except ConfigError:
-            raise ConfigError(
-                f"{file}: arm {recipe.name} starts from {recipe.model.start_from}, which is not there; train it first, or set "
-                "overrides: model: start_from to another"
-            ) from None
+        _check(recipe, file)
     # What is done is known before anything is trained, so that other settings are refused at once.
     done = len(_measured(folder, recipes, sweep.limit))
     if done:
         say(f"{done} of {len(recipes)} runs are done already")
     for wait in (False, True):
-        for number, (key, recipe) in enumerate(recipes.items(), start=1):
+        for number, (key, recipe) in enumerate(asked.items(), start=1):
             run = _run_folder(folder, key)
             with _claimed(run, wait) as ours:
                 if ours and _read_measured(run, recipe, sweep.limit) is None:
-                    say(f"run {number} of {len(recipes)}: {key[0]}, seed {key[1]}")
+                    say(f"run {number} of {len(asked)}: {key[0]}, seed {key[1]}")
                     _run(recipe, run, sweep.limit)
                     _write_table(folder, _measured(folder, recipes, sweep.limit), recipes, sweep.reference)
     measured = _measured(folder, recipes, sweep.limit)
@@ -85,6 +83,36 @@ def run_sweep(file: str | Path, out: str | Path) -> dict[str, Any]:
         "figure": str(folder / FIGURE_FILE),
     }
     return {"runs": len(measured), "against": sweep.reference, "measures": table, **files}
+
+
+def _asked(
+    recipes: Mapping[tuple[str, int], Recipe], only: Sequence[str], file: str | Path
+) -> dict[tuple[str, int], Recipe]:
+    """The runs that are meant."""
+    for name in only:
+        if not any(name in (arm, f"{arm}/seed-{seed}") for arm, seed in recipes):
+            arms, seeds = (list(dict.fromkeys(key[place] for key in recipes)) for place in (0, 1))
+            raise ConfigError(
+                f"{file} has no run {name!r}: name an arm ({', '.join(map(str, arms))}) or ARM/seed-N with a seed of {seeds}"
+            )
+    return {
+        (arm, seed): recipe
+        for (arm, seed), recipe in recipes.items()
+        if not only or arm in only or f"{arm}/seed-{seed}" in only
+    }
+
+
+def _check(recipe: Recipe, file: str | Path) -> None:
+    """See that an arm can be run, as far as that can be seen before it is."""
+    if starts_from_nothing(recipe.model.start_from):
+        raise ConfigError(
+            f"{file}: arm {recipe.name} starts from {recipe.model.start_from}, which is not there; train it first, or set "
+            "overrides: model: start_from to another"
+        )
+    try:
+        check_recipe(recipe)
+    except PointAlignError as error:
+        raise ConfigError(f"{file}: arm {recipe.name}, seed {recipe.seed}: {error}") from error
 
 
 def _run_folder(folder: Path, key: tuple[str, int]) -> Path:
@@ -112,22 +140,36 @@ def _claimed(folder: Path, wait: bool) -> Iterator[bool]:
 def _measured(
     folder: Path, recipes: Mapping[tuple[str, int], Recipe], limit: int | None
 ) -> dict[tuple[str, int], dict[str, dict[str, float]]]:
-    """What all finished runs measured."""
+    """What all finished runs measured.
+
+    Raises:
+        ConfigError: when they cannot be compared.
+    """
     found = {key: _read_measured(_run_folder(folder, key), recipe, limit) for key, recipe in recipes.items()}
-    return {key: values for key, values in found.items() if values is not None}
+    done = {key: values for key, values in found.items() if values is not None}
+    first: dict[Any, tuple[Path, Any]] = {}
+    for key, values in done.items():
+        run, start = _run_folder(folder, key), recipes[key].model.start_from
+        for what, value in (("losses are scored", values["scored"]), (f"{start} is", values["start"])):
+            other, same = first.setdefault(what, (run, value))
+            if value != same:
+                raise ConfigError(
+                    f"{run}: {what} otherwise than for {other}; delete one of them, or {MEASURED_FILE} and evaluation in it"
+                )
+    return {key: values["measures"] for key, values in done.items()}
 
 
-def _read_measured(folder: Path, recipe: Recipe, limit: int | None) -> dict[str, dict[str, float]] | None:
-    """What a finished run measured; None while it is not finished."""
+def _read_measured(folder: Path, recipe: Recipe, limit: int | None) -> dict[str, Any] | None:
+    """What a finished run measured (`measures`), from which `start` and how it was `scored`; None while it is not finished."""
     file = folder / MEASURED_FILE
     if not file.is_file():
         return None
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        found, measured_on = values["measures"], values["limit"]
+        found, measured_on = {name: values[name] for name in ("measures", "scored", "start")}, values["limit"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is broken ({error}); delete it and run again") from error
-    if (load_recipe(RunFolder(folder).recipe_file), measured_on) != (recipe, limit):
+    if RunFolder(folder).changed_settings(recipe) or measured_on != limit:
         raise ConfigError(
             f"{folder} was run with other settings than the sweep file has now; name another --out, or delete that folder"
         )
@@ -148,7 +190,13 @@ def _run(recipe: Recipe, folder: Path, limit: int | None) -> None:
         "caption_similarity": object_values(read_results(out / CAPTIONING), measure_name(MINILM)),
         "next_token_loss": held_out_loss(load_model(model), out / LOSS, limit),
     }
-    content = {"limit": limit, "measures": measures}
+    start = recipe.model.start_from
+    content = {
+        "limit": limit,
+        "start": start and model_fingerprint(resolve_model(start)),
+        "scored": how_scored(out / LOSS),
+        "measures": measures,
+    }
     write_text(folder / MEASURED_FILE, json.dumps(content, indent=1) + "\n")
 
 

@@ -38,11 +38,13 @@ class Sweep:
     """The sweep in YAML: base (a recipe), arms (by name what each changes), seeds; see docs/sweeps.md."""
     out: Path | None = None
     """Folder for the runs and the table, runs/ and the file's name when not given; run again, it goes on."""
+    only: list[str] = field(default_factory=list)
+    """These runs alone, as ARM or ARM/seed-N; all of the sweep's when not given."""
 
     def run(self) -> dict[str, Any]:
         from pointalign.sweep.run import run_sweep
 
-        return run_sweep(self.file, self.out or Path("runs") / self.file.stem)
+        return run_sweep(self.file, self.out or Path("runs") / self.file.stem, self.only)
 
 
 @dataclass
