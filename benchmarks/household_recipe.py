@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from pointalign.config import Recipe, load_recipe, override_recipe
-from pointalign.data.household_split import FOLD, FOLDS
+from pointalign.data.household_split import FOLD, FOLDS, check_part
+from pointalign.errors import ConfigError, DataError, PointAlignError
 from pointalign.evaluation.asking import EvaluationSettings
 from pointalign.evaluation.compare import ACCURACY, object_values
 from pointalign.evaluation.opening import Sources, household_name
@@ -86,6 +87,27 @@ def summary(found: dict[str, dict[str, float]], baselines: Path | None) -> dict[
     return told
 
 
+def check(parts: Sequence[str], extra: Path, changes: dict[str, Any], baselines: Path | None) -> None:
+    """See what can be seen of mistakes before hours of training.
+
+    Raises:
+        PointAlignError: when there is no such part, stage or setting, or a file is not there.
+    """
+    if not extra.is_file():
+        raise DataError(f"{extra} is not there; build it with `pointalign data extra` (docs/extra_data.md)")
+    if unknown := sorted(changes.keys() - set(STAGES)):
+        raise ConfigError(f"--changes: there is no stage {unknown[0]!r}; the stages are {', '.join(STAGES)}")
+    for part in parts:
+        check_part(part)
+        for stage in STAGES:
+            stage_recipe(stage, part, Path(), extra, changes)
+    if baselines and not baselines.is_dir():
+        raise DataError(f"{baselines} is not there; household_baselines.py writes it")
+    for folder in sorted(baselines.iterdir()) if baselines else ():
+        for name in MEASURES:
+            read_results(folder / name)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,14 +117,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--baselines", type=Path, help="folder that household_baselines.py wrote")
     parser.add_argument("--changes", type=json.loads, default={}, help='by stage: {"pretrain": {"optimizer": {...}}}')
     given = parser.parse_args(arguments)
-    if not given.extra.is_file():
-        sys.exit(f"{given.extra} is not there; build it with `pointalign data extra` (docs/extra_data.md)")
-    found: dict[str, dict[str, float]] = {name: {} for name in MEASURES}
-    for part in given.parts:
-        say(f"held out: {part}")
-        for name, values in run_part(part, given.out, given.extra, given.changes).items():
-            found[name] |= values
-    print(json.dumps({"parts": given.parts, **summary(found, given.baselines), "out": str(given.out)}))
+    try:
+        check(given.parts, given.extra, given.changes, given.baselines)
+        found: dict[str, dict[str, float]] = {name: {} for name in MEASURES}
+        for part in given.parts:
+            say(f"held out: {part}")
+            for name, values in run_part(part, given.out, given.extra, given.changes).items():
+                found[name] |= values
+        print(json.dumps({"parts": given.parts, **summary(found, given.baselines), "out": str(given.out)}))
+    except PointAlignError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -160,6 +160,40 @@ def test_what_cannot_be_bundled_is_refused(runs: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out-pretrain").exists()
 
 
+def test_nothing_is_lost_to_a_bundle(runs: Path, tmp_path: Path, write_bundle: Callable[[], Path]) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years")
+    shutil.copytree(runs, tmp_path / "runs")
+    tuned, start = tmp_path / "runs" / "tuned", tmp_path / "runs" / "start"
+    before = sorted(tmp_path.rglob("*"))
+    for out, told in (
+        (precious, r"holds thesis\.txt, which is of no bundle; name another --out"),
+        (precious / "thesis.txt", "is a file; name a folder"),
+        (tuned, "lie in each other"),
+        (tuned / "model", "lie in each other"),
+        (tmp_path / "runs", "lie in each other"),
+        (start / "small", "lie in each other"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            bundle(tuned, out, start)
+    with pytest.raises(CheckpointError, match=r"nope holds no results; give a folder that `pointalign evaluate` wrote"):
+        bundle(tuned, tmp_path / "out", evaluations=[tmp_path / "nope"])
+    (start / "model" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json is broken"):
+        bundle(start, tmp_path / "out")
+    (tuned / "model" / "language_model_adapter" / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json is missing; give the folder of a finished run"):
+        bundle(tuned, tmp_path / "out")
+    assert set(before) - set(tmp_path.rglob("*")) == {
+        tuned / "model" / "language_model_adapter" / "adapter_config.json"
+    }
+    assert not (tmp_path / "out").exists()
+    small = write_bundle()
+    with pytest.raises(CheckpointError, match=r"household-135m-pretrain shares the weights of the model that lies in"):
+        bundle(runs / "tuned", small)
+
+
 def write_result(folder: Path, model: str, share: float) -> None:
     common = {"model": model, "judge": None, "objects": [], "questions": {}, "n": 100}
     accuracy = {"benchmark": "household-classification", "accuracy": share, "interval": [share - 0.1, share + 0.1]}

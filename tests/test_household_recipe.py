@@ -68,3 +68,23 @@ def test_a_fold_is_read_where_its_evaluation_lies(
     assert found.keys() == script.MEASURES.keys()
     assert found["classification"].keys() == found["captioning"].keys()
     assert len(found["captioning"]) > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--extra", "none.parquet"], "none.parquet is not there; build it with"),
+        (["--parts", "foo"], "there is no part 'foo' of household to hold out"),
+        (["--changes", '{"pretrian": {}}'], "there is no stage 'pretrian'; the stages are encoder, pretrain"),
+        (["--changes", '{"align": {"lora": {"ranks": 1}}}'], "unknown key 'ranks'; did you mean 'rank'?"),
+        (["--baselines", "nope"], "nope is not there; household_baselines.py writes it"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(
+    arguments: list[str], told: str, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "extra.parquet").touch()
+    monkeypatch.setattr(script, "run_part", lambda *given: pytest.fail("trained"))
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--extra", str(tmp_path / "extra.parquet"), *arguments])
+    assert told in str(ended.value)

@@ -1,6 +1,10 @@
 """Files that are written whole or not at all, and where the cache lies."""
 
+import os
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pointalign.errors import CheckpointError
 from pointalign.storage import cache_dir, write_text, written_file, written_folder
@@ -48,6 +52,18 @@ def test_a_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
         fail_within(written_folder(target), lambda path: (path / "weights").write_text("half"))
     assert (target / "weights").read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_is_in_a_folder_can_be_read_as_new_files_can(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        with written_folder(tmp_path / "model") as temporary:
+            (temporary / "part").mkdir(mode=0o700)
+            save_file({"weight": torch.ones(2)}, temporary / "part" / "model.safetensors")
+    finally:
+        os.umask(mask)
+    rights = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model", *(tmp_path / "model").rglob("*"))}
+    assert rights == {"model": 0o750, "part": 0o750, "model.safetensors": 0o640}
 
 
 def test_a_folder_that_another_process_wrote_meanwhile_stays(tmp_path):

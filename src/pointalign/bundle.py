@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pointalign.errors import CheckpointError
+from pointalign.evaluation.results import RESULTS_FILE
 from pointalign.model_card import model_card
 from pointalign.models.checkpoint import ADAPTED_PARTS, WEIGHTS_FILE, adapter_folder, load_weights_file
 from pointalign.models.language_model import EMBEDDED
@@ -31,6 +32,16 @@ TEXT_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+
+BUNDLE_FILES = {
+    "README.md",
+    "config.json",
+    *TEXT_FILES,
+    WEIGHTS_FILE,
+    PROJECTOR_FILE,
+    f"{ADAPTER}/{ADAPTER_CONFIG}",
+    f"{ADAPTER}/{ADAPTER_WEIGHTS}",
+}
 
 
 def compact(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,11 +72,23 @@ def bundle(run: Path, out: Path, start: Path | None = None, evaluations: Sequenc
         The folders, and the bytes of all their files and of the largest.
 
     Raises:
-        CheckpointError: when a run holds no such model, the two have other weights before the language model, or a folder
-            cannot be written.
+        CheckpointError: when a run holds no such model, the two have other weights before the language model, an evaluation
+            holds no results, or a folder to write holds something else, lies in a run or cannot be written. What was
+            there is then left as it was.
     """
-    model = RunFolder(run).model
+    model, beside = RunFolder(run).model, out.with_name(f"{out.name}-pretrain")
     _check_model(model)
+    if start is not None:
+        _check_start(RunFolder(start).model, model)
+    for folder in (out, beside) if start is not None else (out,):
+        _check_place(folder, [run] if start is None else [run, start])
+    if start is None and _read_json(beside / "config.json", {}).get("shared_with") == f"../{out.name}":
+        raise CheckpointError(
+            f"{beside} shares the weights of the model that lies in {out}; give its run as --start, or delete it first"
+        )
+    for folder in evaluations:
+        if not any(folder.glob(f"*/*/{RESULTS_FILE}")):
+            raise CheckpointError(f"{folder} holds no results; give a folder that `pointalign evaluate` wrote")
     with written_folder(out) as folder:
         _write_shared(model, folder)
         _write_adapter(model, folder)
@@ -73,14 +96,23 @@ def bundle(run: Path, out: Path, start: Path | None = None, evaluations: Sequenc
         write_text(folder / "README.md", card)
     folders = [out]
     if start is not None:
-        folders.append(out.with_name(f"{out.name}-pretrain"))
-        _write_start(RunFolder(start).model, model, out.name, folders[1])
+        folders.append(beside)
+        with written_folder(beside) as folder:
+            _write_config(RunFolder(start).model, folder, shared_with=f"../{out.name}")
+            _write_adapter(RunFolder(start).model, folder)
     sizes = [file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()]
     return {"out": [str(folder) for folder in folders], "bytes": sum(sizes), "largest_file": max(sizes)}
 
 
 def _check_model(model: Path) -> None:
-    for file in (model / "config.json", model / WEIGHTS_FILE, model / ADAPTER / ADAPTER_WEIGHTS):
+    needed = (
+        "config.json",
+        "tokenizer.json",
+        WEIGHTS_FILE,
+        f"{ADAPTER}/{ADAPTER_WEIGHTS}",
+        f"{ADAPTER}/{ADAPTER_CONFIG}",
+    )
+    for file in (model / name for name in needed):
         if not file.is_file():
             raise CheckpointError(
                 f"{file} is missing; give the folder of a finished run that trains language_model_lora"
@@ -92,12 +124,45 @@ def _check_model(model: Path) -> None:
             )
 
 
+def _check_start(start: Path, model: Path) -> None:
+    _check_model(start)
+    before, after = (load_weights_file(folder / WEIGHTS_FILE) for folder in (start, model))
+    if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
+        raise CheckpointError(
+            f"{start} and {model} have other weights before the language model; give the run that the fine-tune started from"
+        )
+
+
+def _check_place(out: Path, runs: Sequence[Path]) -> None:
+    """See that nothing is lost when a folder takes this place: it is free, empty or holds an earlier bundle."""
+    place = out.resolve()
+    for run in runs:
+        whole = run.resolve()
+        if place.is_relative_to(whole) or whole.is_relative_to(place):
+            raise CheckpointError(f"{out} and the run {run} lie in each other; name another --out")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; name a folder as --out")
+    other = sorted({str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} - BUNDLE_FILES)
+    if other:
+        raise CheckpointError(f"{out} holds {other[0]}, which is of no bundle; name another --out, or empty it first")
+
+
+def _read_json(file: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a file of JSON holds, or what stands for it where it is missing."""
+    if missing is not None and not file.is_file():
+        return missing
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is broken ({error}); copy it again") from error
+
+
 def _write_shared(model: Path, folder: Path) -> None:
     for name in TEXT_FILES:
         if (model / name).is_file():
             shutil.copyfile(model / name, folder / name)
     _write_config(model, folder)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = _read_json(folder / "tokenizer.json")
     # Without the indentation, half the size.
     write_text(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")))
     for name in (WEIGHTS_FILE, PROJECTOR_FILE):
@@ -106,7 +171,7 @@ def _write_shared(model: Path, folder: Path) -> None:
 
 
 def _write_config(model: Path, folder: Path, **changes: str) -> None:
-    config = {**json.loads((model / "config.json").read_text(encoding="utf-8")), **changes}
+    config = {**_read_json(model / "config.json"), **changes}
     for part in config.values():
         if isinstance(part, dict):  # where a part was loaded from is a folder of this machine
             part.pop("_name_or_path", None)
@@ -115,8 +180,8 @@ def _write_config(model: Path, folder: Path, **changes: str) -> None:
 
 def _write_adapter(model: Path, folder: Path) -> None:
     """The LoRA as peft saves it, with the language model by the name that others know it by."""
-    config = json.loads((model / ADAPTER / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    name = json.loads((model / "config.json").read_text(encoding="utf-8"))["language_model"]
+    config = _read_json(model / ADAPTER / ADAPTER_CONFIG)
+    name = _read_json(model / "config.json")["language_model"]
     config["base_model_name_or_path"] = EMBEDDED[name].hub_id if name in EMBEDDED else name
     for key in ("target_modules", "modules_to_save"):  # sets to peft, whose order changes from run to run
         if isinstance(config.get(key), list):
@@ -127,15 +192,3 @@ def _write_adapter(model: Path, folder: Path) -> None:
 
 def _write_weights(source: Path, target: Path) -> None:
     save_file(compact(load_weights_file(source)), target, metadata={"format": "pt"})
-
-
-def _write_start(start: Path, model: Path, shared_with: str, out: Path) -> None:
-    _check_model(start)
-    before, after = (load_weights_file(folder / WEIGHTS_FILE) for folder in (start, model))
-    if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
-        raise CheckpointError(
-            f"{start} and {model} have other weights before the language model; give the run that the fine-tune started from"
-        )
-    with written_folder(out) as folder:
-        _write_config(start, folder, shared_with=f"../{shared_with}")
-        _write_adapter(start, folder)

@@ -71,7 +71,7 @@ def written_folder(target: Path, replace: bool = True) -> Iterator[Path]:
         ) from error
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        _open_to_others(temporary)
         _move(temporary, target, replace)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {target}: {error}; free some space or choose another folder") from error
@@ -93,10 +93,13 @@ def _move(folder: Path, target: Path, replace: bool) -> None:
             raise
 
 
-def _umask() -> int:
+def _open_to_others(folder: Path) -> None:
+    """Give a folder and all in it the rights that new files have; temporary folders and safetensors' files are private."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def lock_of(path: Path) -> FileLock:

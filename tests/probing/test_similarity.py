@@ -87,6 +87,15 @@ def test_the_difference_is_paired() -> None:
     assert (same["difference"], same["interval"], same["inside_noise"]) == (0, [0, 0], True)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_of_so_few_objects_that_shuffled_pairs_are_the_same_ones_nothing_is_told(count: int) -> None:
+    space = neighborhood(np.random.default_rng(0).normal(size=(count, 4)), count - 1)
+    told = calibrated_cknna(space, space)
+    assert told["raw"] == pytest.approx(1)
+    assert told["null_95"] == pytest.approx(1)
+    assert told["calibrated"] == 0
+
+
 def test_too_few_objects() -> None:
     with pytest.raises(DataError, match="cannot find 5 neighbours among 5 objects"):
         neighborhood(np.eye(5), 5)
