@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                        # household data, SmolLM2-135M, the household recipe's sizes
     python benchmarks/train_step.py --procedure published  # that one alone; or ours
     python benchmarks/train_step.py --size paper           # random weights of the paper's sizes, on a GPU
+    python benchmarks/train_step.py --size paper --compile --cuda-graphs --warm-up 60    # our fastest path
     python benchmarks/train_step.py --size tiny --steps 3  # the same path at a tiny size, in seconds
 
 Each procedure is a process of its own with the same initial weights; they take the same batches in turn, so that a busy
@@ -52,7 +53,6 @@ from pointalign.training import mixture
 # steps move each weight by the learning rate whatever its gradient (docs/LOG.md, 2026-11-25). In float32 it is rounding alone;
 # e4m3 has four bits, and single answers' losses were up to 10 % from float32, their mean 0.5 % (docs/LOG.md, 2026-11-26).
 TOLERANCE = {"float8": (0.05, 0.03), "bf16": (0.01, 0.02), "fp32": (2e-5, 5e-4)}
-WARM_UP = 2
 
 
 def prepare(size: str, folder: Path, steps: int, fp32: bool) -> tuple[Recipe, Any, Any]:
@@ -183,10 +183,10 @@ def work(options: argparse.Namespace) -> None:
         folder = Path(temporary)
         own = options.precision if options.worker == "ours" else options.published_precision
         bf16 = uses_bf16(Recipe(precision=own))
-        recipe, model, processor = prepare(options.size, folder, options.steps + WARM_UP, not bf16)
+        recipe, model, processor = prepare(options.size, folder, options.steps + options.warm_up, not bf16)
         os.environ["POINTALIGN_CACHE"] = str(folder / "cache")
         recipe.precision, recipe.packing = "bf16" if bf16 else "fp32", options.packing
-        recipe.compile, recipe.float8 = options.compile, options.float8
+        recipe.compile, recipe.cuda_graphs, recipe.float8 = options.compile, options.cuda_graphs, options.float8
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         gate = Gate(told)
@@ -223,11 +223,11 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
     workers = [Worker(__file__, name, arguments) for name in names]
     for worker in workers:
         worker.hear()  # the first step, which also prepares
-    for step in range(1, options.steps + WARM_UP):
+    for step in range(1, options.steps + options.warm_up):
         for worker in workers:
             worker.go()
             taken = worker.hear()
-            if step >= WARM_UP:
+            if step >= options.warm_up:
                 worker.seconds.append(taken["seconds"])
                 worker.busy.append(taken["cpu"])
     ends = []
@@ -236,7 +236,7 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
         ends.append(worker.hear())
         worker.process.wait()
     result: dict[str, Any] = {"benchmark": "train_step", "size": options.size, "steps": options.steps}
-    result |= {"compile": options.compile, "float8": options.float8}
+    result |= {name: getattr(options, name) for name in ("warm_up", "compile", "cuda_graphs", "float8")}
     for worker, end in zip(workers, ends, strict=True):
         result[worker.procedure] = {
             "seconds_per_step": round(statistics.median(worker.seconds), 4),
@@ -275,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--procedure", choices=["both", *PROCEDURES], default="both")
     parser.add_argument("--size", choices=["household", "paper", "tiny"], default="household")
     parser.add_argument("--steps", type=int, default=24, help="timed steps, 2 or more")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before them; more where shapes are recorded")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of our path")
     parser.add_argument(
         "--published-precision", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32"
@@ -283,11 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--packing", action=argparse.BooleanOptionalAction, help="of our path; the recipe's own if not given"
     )
     parser.add_argument("--compile", action="store_true", help="our path's decoder blocks")
+    parser.add_argument("--cuda-graphs", action="store_true", help="record our path's decoder blocks, on a GPU")
     parser.add_argument("--float8", action="store_true", help="our path's frozen matrices multiply in 8-bit floats")
     parser.add_argument("--worker", choices=PROCEDURES, help=argparse.SUPPRESS)
     options = parser.parse_args(given)
-    if options.steps < 2:
-        parser.error("--steps is 2 or more: a spread needs two")
+    if options.steps < 2 or options.warm_up < 1:
+        parser.error("--steps is 2 or more, for a spread needs two, and --warm-up 1 or more")
     if options.worker:
         work(options)
         return

@@ -100,6 +100,8 @@ class AlignmentTrainer(RecipeTrainer):
         reason = why_not_float8(self.unwrapped, split=self.is_fsdp_enabled)
         if reason:
             say(f"float8 does nothing here: {reason}")
+        elif self.args.device.type == "cpu":
+            say("float8: on a CPU products in 8-bit floats take longer than others")
         return reason is None
 
     def _can_record(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -44,11 +45,11 @@ def multiplies() -> None:
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Float8Linear:
-    """A frozen one of these numbers."""
+    """A frozen one of these numbers; the bias is in float32, as a frozen model keeps it."""
     made = Float8Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=torch.bfloat16)
     made.weight.data = weight.bfloat16()
     if bias is not None:
-        made.bias.data = bias.bfloat16()
+        made.bias.data = bias
     made.to(DEVICE).requires_grad_(False).round_weight()
     return made
 
@@ -88,6 +89,22 @@ def test_products_of_numbers_that_e4m3_holds_are_exact_forward_and_back() -> Non
     output.backward(gradient.bfloat16().t().contiguous().t())  # as what follows may hand it over
     assert given.grad is not None
     assert torch.equal(given.grad, (gradient @ weight).bfloat16().float())
+
+
+def test_a_bias_is_handed_over_as_cuda_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU takes biases of any precision; CUDA those of the output's alone."""
+    given = []
+
+    def product(left: Tensor, right: Tensor, *scales: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+        given.append(bias)
+        return torch.zeros(len(left), right.shape[1], dtype=torch.bfloat16, device=left.device)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    rows = torch.ones(2, 32, device=DEVICE, requires_grad=True)
+    linear(whole(32, 32, 0), torch.full((32,), 1 / 3))(rows).sum().backward()
+    forward, back = given
+    assert forward is not None
+    assert (forward.dtype, back) == (torch.bfloat16, None)
 
 
 @pytest.mark.usefixtures("multiplies")
@@ -144,8 +161,10 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(Blocks(), split=True) == "weights are split over the processes"
     assert told(Blocks(dtype=torch.float32), split=False) == "the language model has no frozen matrices in bfloat16"
     monkeypatch.setattr(torch, "_scaled_mm", break_it)
-    reason = f"PyTorch {torch.__version__} does not multiply them here; a GPU does from compute capability 8.9 on"
-    assert told(Blocks(), split=False) == reason
+    reason = f"PyTorch {torch.__version__} does not multiply them here, but on GPUs from compute capability 8.9 on"
+    model = Blocks()
+    assert told(model, split=False) == f"{reason} (please report a bug to PyTorch)"
+    assert {type(layer["frozen"]) for layer in model.layers} == {nn.Linear}  # pyright: ignore
 
 
 @pytest.mark.usefixtures("multiplies")

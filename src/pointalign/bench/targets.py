@@ -38,6 +38,13 @@ class Benchmark:
 
 BENCHMARKS = (
     Benchmark("train_step", "a fine-tuning step", "train_step.py"),
+    Benchmark(
+        "train_step_compiled",
+        "the same, our decoder blocks compiled and recorded",
+        "train_step.py",
+        ("--compile", "--cuda-graphs", "--warm-up", "60"),
+        ("paper",),
+    ),
     Benchmark("train_stage", "a stretch of stage PointAlign", "train_stage.py", ("--forbid-waiting",)),
     Benchmark("train_stage_graphs", "the same, decoder blocks recorded", "train_stage.py", RECORDED, ("paper",)),
     Benchmark(

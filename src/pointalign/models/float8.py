@@ -21,6 +21,8 @@ from pointalign.decoder_blocks import find_decoder_layers
 KIND = torch.float8_e4m3fn
 # Below this width a product takes no less time; and kernels want widths in steps of 16.
 NARROWEST, STEP = 128, 16
+# Rows of the product that is tried.
+TRIED = 128
 
 
 def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,16 +63,19 @@ class Float8Linear(nn.Linear):
     """A frozen linear in bfloat16 whose products are taken in 8-bit floats; made of one in its place by `round_weight`."""
 
     rounded: tuple[Tensor, ...]
+    rounded_bias: Tensor | None
 
     def round_weight(self) -> None:
-        """Keep the matrix (out, in) in 8-bit floats, and the other way round, each with its scales."""
+        """Keep the matrix (out, in) in 8-bit floats, and the other way round, each with its scales; the bias in bfloat16."""
         weight = self.weight.detach()
         self.rounded = (*to_float8(weight), *to_float8(weight.t().contiguous()))
+        self.rounded_bias = None if self.bias is None else self.bias.detach().to(weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) in any precision to (..., out) in the weight's."""
         rows = input.to(self.weight.dtype).reshape(-1, self.in_features)
-        return _Product.apply(rows, self.bias, *self.rounded).unflatten(0, input.shape[:-1])  # pyright: ignore
+        output: Any = _Product.apply(rows, self.rounded_bias, *self.rounded)
+        return output.unflatten(0, input.shape[:-1])
 
 
 def frozen_linears(model: nn.Module) -> list[nn.Linear]:
@@ -93,7 +98,7 @@ def why_not_float8(model: nn.Module, split: bool) -> str | None:
     """What keeps a model from being trained on products in 8-bit floats, for people; None when nothing does.
 
     Args:
-        model: where it will train.
+        model: where it will train; its first product is tried, forward and back.
         split: whether weights are split over processes.
     """
     if split:
@@ -101,12 +106,13 @@ def why_not_float8(model: nn.Module, split: bool) -> str | None:
     linears = frozen_linears(model)
     if not linears:
         return "the language model has no frozen matrices in bfloat16"
-    sample = torch.ones(STEP, STEP, dtype=torch.bfloat16, device=linears[0].weight.device)
-    matrix, scale = to_float8(sample)
+    first = linears[0]
     try:
-        _multiply(sample, matrix, scale, None, fast=True)
-    except RuntimeError:  # devices that cannot say so each in its own way, some as an error of PyTorch's own
-        return f"PyTorch {torch.__version__} does not multiply them here; a GPU does from compute capability 8.9 on"
+        with _rounded([first]):
+            first(first.weight.new_ones(TRIED, first.in_features, requires_grad=True)).sum().backward()
+    except RuntimeError as error:  # what devices say that cannot do it, each in its own way
+        told = str(error).splitlines()[0]
+        return f"PyTorch {torch.__version__} does not multiply them here, but on GPUs from compute capability 8.9 on ({told})"
     return None
 
 
@@ -123,7 +129,12 @@ def float8_products(model: nn.Module, wanted: bool) -> Iterator[None]:
     Raises:
         ConfigError: when the blocks cannot be found.
     """
-    linears: Any = frozen_linears(model) if wanted else []
+    with _rounded(frozen_linears(model) if wanted else []):
+        yield
+
+
+@contextmanager
+def _rounded(linears: Any) -> Iterator[None]:
     for linear in linears:
         linear.__class__ = Float8Linear
         linear.round_weight()
@@ -131,5 +142,5 @@ def float8_products(model: nn.Module, wanted: bool) -> Iterator[None]:
         yield
     finally:
         for linear in linears:
-            del linear.rounded
+            del linear.rounded, linear.rounded_bias
             linear.__class__ = nn.Linear

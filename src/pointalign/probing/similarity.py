@@ -105,7 +105,7 @@ def calibrated_cknna(first: Neighborhood, second: Neighborhood, seed: int = 0) -
         "null_mean": float(null.mean()),
         "null_95": threshold,
         "p_value": float((1 + (null >= raw).sum()) / (1 + PERMUTATIONS)),
-        "calibrated": (raw - threshold) / (1 - threshold) if threshold < min(raw, 1.0) else 0.0,
+        "calibrated": (raw - threshold) / (1 - threshold) if threshold < min(raw, 1 - 1e-9) else 0.0,
     }
 
 
