@@ -27,26 +27,36 @@ PAGE, PROBES = HERE / "experiments" / "geometry.md", HERE / "experiments" / "geo
 FIGURE = HERE / "images" / "geometry.png"
 MARK = "<!-- table -->"
 ALIGNED_LAYER = 14
-NAMES = {
-    "knn_class": "class, nearest neighbour, %",
-    "linear_class": "class, linear, %",
-    "linear_color": "dominant colour, linear, %",
-    "box_r2": "box proportions, R2",
-    "heights_r2": "points by height, R2",
-    "cknna": "CKNNA to the point encoder",
+# By row of the table: its measure and number in a probe's JSON, and what people are told.
+ROWS = {
+    "knn_class": ("knn_class", "value", "class, nearest neighbour, %"),
+    "linear_class": ("linear_class", "value", "class, linear, %"),
+    "linear_color": ("linear_color", "value", "dominant colour, linear, %"),
+    "box_r2": ("box_r2", "value", "box proportions, R2"),
+    "heights_r2": ("heights_r2", "value", "points by height, R2"),
+    "cknna": ("cknna", "raw", "CKNNA to the point encoder"),
+    "cknna_calibrated": ("cknna", "calibrated", "the same, above shuffled pairs"),
 }
 
 
 def read_probe(folder: Path) -> dict[str, Any]:
-    """A pair's values by measure: of the plain model and the aligned one, one for each layer, and of the point encoder."""
+    """A pair's values by row: of the plain model and the aligned one, one for each layer, and of the point encoder.
+
+    Beside them lie their 95 % intervals over objects where there are some, and the 95th percentile of CKNNA of shuffled pairs.
+    """
     told = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
-    pair = list(told["models"].values())
+    models = dict(zip(("plain", "aligned"), told["models"].values(), strict=True))
     encoder = next(iter(told["point_encoder"].values()))
     found: dict[str, Any] = {"n": told["n"]}
-    for measure in NAMES:
-        plain, aligned = ([round(one.get("value", one.get("raw")), 5) for one in model[measure]] for model in pair)
-        whole = round(encoder[measure]["value"], 5) if measure in encoder else None
-        found[measure] = {"plain": plain, "aligned": aligned, "encoder": whole}
+    for row, (measure, key, _) in ROWS.items():
+        found[row] = {"encoder": round(encoder[measure]["value"], 5) if measure in encoder else None}
+        for name, model in models.items():
+            layers = model[measure]
+            found[row][name] = [round(one[key], 5) for one in layers]
+            if key != "calibrated":
+                found[row][f"{name}_interval"] = [[round(end, 5) for end in one["interval"]] for one in layers]
+            if key == "raw":
+                found[row][f"{name}_null_95"] = [round(one["null_95"], 5) for one in layers]
     return found
 
 
@@ -61,12 +71,12 @@ def table(probes: Sequence[Mapping[str, Any]]) -> list[str]:
     """Each measure at three depths, and how far the aligned models are from the plain ones, over seeds."""
     lines = [
         "| measure | point encoder | layer 0 | 14, plain | 14, aligned | last, plain | last, aligned | "
-        "aligned - plain at 14 | mean of all layers |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "aligned - plain at 14 | mean of all layers | largest of a layer |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for measure, name in NAMES.items():
+    for row_name, (_, _, name) in ROWS.items():
         scale, digits = (100, 1) if name.endswith("%") else (1, 3)
-        rows = [probe[measure] for probe in probes]
+        rows = [probe[row_name] for probe in probes]
 
         def at(which: str, layer: int, rows: Any = rows, scale: int = scale, digits: int = digits) -> str:
             return f"{scale * statistics.mean(row[which][layer] for row in rows):.{digits}f}"
@@ -78,14 +88,16 @@ def table(probes: Sequence[Mapping[str, Any]]) -> list[str]:
             mean, low, high = mean_interval(values)
             return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
-        whole = rows[0]["encoder"]
+        whole, layers = rows[0]["encoder"], range(len(rows[0]["plain"]))
+        largest = max(layers, key=lambda layer: abs(sum(row["aligned"][layer] - row["plain"][layer] for row in rows)))
         cells = [
             name,
             "" if whole is None else f"{scale * whole:.{digits}f}",
             at("plain", 0),
             *(at(which, layer) for layer in (ALIGNED_LAYER, -1) for which in ("plain", "aligned")),
             apart([ALIGNED_LAYER]),
-            apart(range(len(rows[0]["plain"]))),
+            apart(layers),
+            f"{apart([largest])} at {largest}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

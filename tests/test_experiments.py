@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,27 @@ def test_the_table_of_geometry_is_what_the_probes_told() -> None:
     page = builder.PAGE.read_text(encoding="utf-8")
     assert builder.write_table(page, builder.table(probes)) == page
     assert len(probes) == 5
+
+    def ends(row: str, layers: slice = slice(None), factor: int = 100) -> list[str]:
+        """Least and largest mean over seeds of all layers and both models, as the page rounds them."""
+        found = [
+            statistics.mean(probe[row][which][layer] for probe in probes)
+            for which in ("plain", "aligned")
+            for layer in range(*layers.indices(31))
+        ]
+        return [f"{factor * end:.{0 if factor == 100 else 2}f}" for end in (min(found), max(found))]
+
+    assert ends("knn_class") == ["40", "44"]
+    assert (ends("linear_class", slice(1)), ends("linear_class", slice(1, None))) == (["48", "48"], ["43", "47"])
+    assert ends("linear_color", slice(10, 11)) == ["41", "41"]
+    assert (ends("linear_color", slice(19, 20)), ends("linear_color")[0]) == (["44", "45"], "38")
+    assert [ends("heights_r2", slice(layer, layer + 1), 1)[0] for layer in (0, 3, 30)] == ["0.33", "0.40", "0.36"]
+    assert ends("box_r2", slice(10, None), 1) == ["0.66", "0.69"]
+    assert ends("cknna", factor=1) == ["0.51", "0.54"]
+    assert (
+        f"{max(probe['cknna'][f'{which}_null_95'][0] for probe in probes for which in ('plain', 'aligned')):.2f}"
+        == "0.12"
+    )
 
 
 def test_a_difference_over_seeds_has_students_interval() -> None:

@@ -114,5 +114,7 @@ def test_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PointAlignError, match="not part of the installed package: run `pointalign bench` in the root"):
         bench.run_bench(tmp_path / "out", "tiny")
-    with pytest.raises(ConfigError, match="unknown benchmark speed; known are train_step, train_step_compiled, train_stage"):
+    with pytest.raises(
+        ConfigError, match="unknown benchmark speed; known are train_step, train_step_compiled, train_stage"
+    ):
         bench.run_bench(tmp_path / "out", "tiny", ["speed"])
