@@ -1,11 +1,12 @@
-"""Accuracy over training objects and over parameters: what more of either would bring on the bundled objects.
+"""Accuracy over training objects, parameters and steps: what more of each would bring on the bundled objects.
 
-    python benchmarks/household_curve.py --extra extra.parquet --out runs/curve       # an hour and a half on one core
+    python benchmarks/household_curve.py --extra extra.parquet --out runs/curve       # two hours and a half on one core
 
-The bundled model's point encoder is trained from scratch on shares of the training objects, once on all of them with the
-extra ones, and on all of them at other widths; a linear classifier reads its features (class token, mean and maximum). Beside
-it stand the baselines that learn no shape, on the same shares. Scored is a part of the training side; the held-out 100 are not
-looked at. Stopped in any way, the same command goes on where it was. It writes `curve.png` and ends in one line of JSON.
+The bundled model's point encoder is trained from scratch on shares of the training objects, and on all of them at other
+widths and for other numbers of steps, some with the extra objects beside them; a linear classifier reads its features (class
+token, mean and maximum). Beside it stand the baselines that learn no shape, on the same shares. Scored is a part of the
+training side; the held-out 100 are not looked at. Stopped in any way, the same command goes on where it was. It writes
+`curve.png` and ends in one line of JSON.
 """
 
 from __future__ import annotations
@@ -95,44 +96,50 @@ def baseline_right(name: str, train_objects: Sequence[HouseholdObject], asked: S
     return [classes[int(np.argmax(one.scores))] == thing.label for one, thing in zip(found, asked, strict=True)]
 
 
-def draw_line(
-    axes: Axes, points: Sequence[Mapping[str, Any]], over: str, title: str, shift: float = 1, marker: str = "o-"
-) -> None:
+def draw_line(axes: Axes, points: Sequence[Mapping[str, Any]], over: str, title: str, shift: float = 1) -> None:
     """Accuracy with its interval over one of a point's numbers, a factor beside it so that lines do not hide each other."""
+    points = sorted(points, key=lambda point: point[over])
     places = [shift * point[over] for point in points]
+    marker = "*--" if points[0]["extra"] else "o-"
     [line] = axes.plot(places, [100 * point["mean"] for point in points], marker, label=title)
     for place, point in zip(places, points, strict=True):
         axes.plot([place, place], [100 * end for end in point["interval"]], color=line.get_color(), alpha=0.5)
 
 
 def draw_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy over labelled training objects, a star with the extra ones as well; and over the encoder's parameters."""
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-    by_objects, by_parameters = figure.subplots(1, 2, sharey=True)
-    usual = [point for point in points if point["width"] in (None, WIDTH)]
-    for shift, (name, title) in zip((0.97, 1.0, 1.03), NAMES.items(), strict=True):
-        line = [point for point in usual if point["method"] == name and not point["extra"]]
-        draw_line(by_objects, line, "objects", title, shift)
-    for point in (point for point in usual if point["extra"]):
-        draw_line(by_objects, [point], "objects", f"{NAMES[point['method']]}, {point['extra']:,} more", 1.09, "*")
-    most = max(point["objects"] for point in points)
-    wide = [point for point in points if point["width"] and point["objects"] == most and not point["extra"]]
-    draw_line(
-        by_parameters,
-        sorted(wide, key=lambda point: point["width"]),
-        "parameters",
-        f"{NAMES['encoder']}, {most} objects",
-    )
-    for axes, name in ((by_objects, "objects"), (by_parameters, "parameters")):
-        shown = sorted({point[name] for point in (usual if name == "objects" else wide)})
+    """Accuracy over labelled training objects, the encoder's parameters and its steps; stars have the extra objects as well."""
+    encoders = [point for point in points if point["method"] == "encoder"]
+    first, most = encoders[0], max(point["objects"] for point in encoders)
+
+    def differing(by: str, extra: bool = False) -> list[Mapping[str, Any]]:
+        """The encoders that are like the usual one of all objects, but for one thing."""
+        usual = {"objects": most, "width": WIDTH, "steps": first["steps"]}
+        return [
+            point
+            for point in encoders
+            if bool(point["extra"]) == extra and all(point[name] == usual[name] for name in usual if name != by)
+        ]
+
+    figure = Figure(figsize=(12.8, 4.2), layout="constrained")
+    panels = dict(zip(("objects", "parameters", "steps"), figure.subplots(1, 3, sharey=True), strict=True))
+    own, with_extra = (f"{NAMES['encoder']}, {more}" for more in (f"{most} objects", "extra ones beside them"))
+    draw_line(panels["objects"], differing("objects"), "objects", NAMES["encoder"], 0.97)
+    for shift, name in ((1.0, "forest"), (1.03, "chamfer")):
+        line = [point for point in points if point["method"] == name]
+        draw_line(panels["objects"], line, "objects", NAMES[name], shift)
+    draw_line(panels["parameters"], differing("width"), "parameters", own)
+    draw_line(panels["steps"], differing("steps"), "steps", own, 0.98)
+    draw_line(panels["steps"], differing("steps", extra=True), "steps", with_extra, 1.02)
+    titles = {"objects": "labelled training objects", "parameters": "parameters of the encoder", "steps": "steps of 64"}
+    for name, by in (("objects", "objects"), ("parameters", "width"), ("steps", "steps")):
+        axes, shown = panels[name], sorted({point[name] for point in differing(by)})
         axes.set_xscale("log")
-        axes.set_xticks(shown, [f"{tick / 1e6:.1f} M" if name == "parameters" else str(tick) for tick in shown])
+        axes.set_xticks(shown, [f"{tick / 1e6:.1f} M" if tick > 1e5 else f"{tick:,}" for tick in shown])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    by_objects.set_xlabel("labelled training objects")
-    by_parameters.set_xlabel("parameters of the point encoder")
-    by_objects.set_ylabel(f"accuracy, %, 95 % interval (n = {points[0]['n']})")
+        axes.set_xlabel(titles[name])
+    panels["objects"].set_ylabel(f"accuracy, %, 95 % interval (n = {first['n']})")
     save_figure(figure, path)
 
 
@@ -144,34 +151,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", default="validation-0", help="scored part, as a recipe's data.held_out")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     parser.add_argument(
-        "--widths", type=int, nargs="+", default=[WIDTH // 2, WIDTH * 2], help="further ones, of encoders"
+        "--steps", type=int, nargs="+", default=[400, 100, 1600], help="of an encoder, the usual ones first"
     )
-    parser.add_argument("--steps", type=int, default=400, help="of each encoder")
+    parser.add_argument("--extra-steps", type=int, nargs="+", default=[400, 1600], help="those with the extra objects")
+    parser.add_argument("--widths", type=int, nargs="+", default=[WIDTH // 2, WIDTH * 2], help="other ones")
     given = parser.parse_args(arguments)
     if not given.extra.is_file():
         sys.exit(f"{given.extra} is not there; build it with `pointalign data extra` (docs/extra_data.md)")
     quiet()
     known, asked = household_sides(given.held_out)
+    usual, *other = given.steps
+    plan = [(fraction, None, WIDTH, usual) for fraction in given.fractions]
+    plan += [(1.0, None, WIDTH, steps) for steps in other]
+    plan += [(1.0, None, width, usual) for width in given.widths]
+    plan += [(1.0, given.extra, WIDTH, steps) for steps in given.extra_steps]
     points: list[dict[str, Any]] = []
-    plan = [(fraction, None, WIDTH) for fraction in given.fractions]
-    plan += [(1.0, given.extra, WIDTH), *((1.0, None, width) for width in given.widths)]
-    for fraction, extra, width in plan:
+    for fraction, extra, width, steps in plan:
         kept = keep_fraction([thing.id for thing in known], fraction)
         objects = [thing for thing in known if thing.id in kept]
         more = len(load_extra(extra)) if extra else 0
-        say(f"{len(objects)} objects" + (f" and {more} extra ones" if more else "") + f", width {width}")
-        run = given.out / f"{len(objects)}{'-extra' if extra else ''}{f'-width-{width}' if width != WIDTH else ''}"
-        train(encoder_recipe(given.held_out, fraction, given.steps, extra, width), run, resume=True)
+        name = f"{len(objects)}{'-extra' if extra else ''}-width-{width}-steps-{steps}"
+        say(f"{len(objects)} objects{f' and {more} extra ones' if more else ''}, width {width}, {steps} steps")
+        train(encoder_recipe(given.held_out, fraction, steps, extra, width), given.out / name, resume=True)
+        right, parameters = encoder_right(given.out / name, objects, asked)
+        encoder = {"method": "encoder", "width": width, "parameters": parameters, "steps": steps}
         point = {"objects": len(objects), "extra": more}
-        right, parameters = encoder_right(run, objects, asked)
-        points.append(
-            {"method": "encoder", **point, "width": width, "parameters": parameters, **summarize_share(right)}
-        )
-        for name in ("forest", "chamfer") if not extra and width == WIDTH else ():
-            told = summarize_share(baseline_right(name, objects, asked))
-            points.append({"method": name, **point, "width": None, "parameters": None, **told})
+        points.append({**encoder, **point, **summarize_share(right)})
+        for baseline in ("forest", "chamfer") if (width, steps, extra) == (WIDTH, usual, None) else ():
+            told = summarize_share(baseline_right(baseline, objects, asked))
+            points.append({"method": baseline, "width": None, "parameters": None, "steps": None, **point, **told})
     draw_curve(points, given.out / "curve.png")
-    print(json.dumps({"held_out": given.held_out, "steps": given.steps, "points": points}))
+    print(json.dumps({"held_out": given.held_out, "points": points}))
 
 
 if __name__ == "__main__":

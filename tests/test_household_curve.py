@@ -49,14 +49,20 @@ def test_baselines_are_right_where_their_best_class_is_the_objects(script: Modul
 def test_the_figure(script: ModuleType, tmp_path: Path) -> None:
     row = {"mean": 0.4, "n": 142, "interval": [0.3, 0.5]}
     points = [
-        {"method": method, "objects": count, "extra": 0, "width": None, "parameters": None, **row}
+        {"method": method, "objects": count, "extra": 0, "width": None, "parameters": None, "steps": None, **row}
         for method in ("forest", "chamfer")
         for count in (144, 578)
     ]
-    points += [
-        {"method": "encoder", "objects": count, "extra": extra, "width": width, "parameters": 10_000 * width, **row}
-        for count, extra, width in ((144, 0, 192), (578, 0, 192), (578, 2935, 192), (578, 0, 384))
-    ]
+    for count, extra, width, steps in (
+        (144, 0, 192, 400),
+        (578, 0, 192, 400),
+        (578, 2935, 192, 400),
+        (578, 2935, 192, 1600),
+        (578, 0, 384, 400),
+        (578, 0, 192, 1600),
+    ):
+        encoder = {"method": "encoder", "width": width, "parameters": 10_000 * width, "steps": steps}
+        points.append({**encoder, "objects": count, "extra": extra, **row})
     script.draw_curve(points, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
@@ -64,25 +70,26 @@ def test_the_figure(script: ModuleType, tmp_path: Path) -> None:
 def test_the_command_trains_and_scores_every_point(
     script: ModuleType, write_extra: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    """One step each, learnt from and scored on a few objects."""
+    """A step or two each, learnt from and scored on a few objects."""
     known, asked = household_sides("validation-0")
     monkeypatch.setattr(script, "household_sides", lambda part: (known[:60], asked[:30]))
     recipe = script.encoder_recipe
     monkeypatch.setattr(script, "encoder_recipe", lambda part, share, *given: recipe(part, 0.05 * share, *given))
     extra = write_extra(tmp_path / "extra.parquet", ["chair", "lamp", "cup"] * 5)
-    arguments = ["--extra", str(extra), "--out", str(tmp_path / "curve"), "--steps", "1"]
-    script.main([*arguments, "--fractions", "1", "--widths", "96"])
-    told = json.loads(capsys.readouterr().out)
-    points = [(point["method"], point["objects"], point["extra"], point["width"]) for point in told["points"]]
+    arguments = ["--extra", str(extra), "--out", str(tmp_path / "curve"), "--fractions", "1", "--widths", "96"]
+    script.main([*arguments, "--steps", "1", "2", "--extra-steps", "1"])
+    told = json.loads(capsys.readouterr().out)["points"]
+    points = [tuple(point[name] for name in ("method", "objects", "extra", "width", "steps")) for point in told]
     assert points == [
-        ("encoder", 60, 0, 192),
-        ("forest", 60, 0, None),
-        ("chamfer", 60, 0, None),
-        ("encoder", 60, 15, 192),
-        ("encoder", 60, 0, 96),
+        ("encoder", 60, 0, 192, 1),
+        ("forest", 60, 0, None, None),
+        ("chamfer", 60, 0, None, None),
+        ("encoder", 60, 0, 192, 2),
+        ("encoder", 60, 0, 96, 1),
+        ("encoder", 60, 15, 192, 1),
     ]
-    assert 3 < told["points"][0]["parameters"] / told["points"][-1]["parameters"] < 4
-    assert {point["n"] for point in told["points"]} == {30}
+    assert 3 < told[0]["parameters"] / told[4]["parameters"] < 4
+    assert {point["n"] for point in told} == {30}
     assert (tmp_path / "curve" / "curve.png").is_file()
 
 
