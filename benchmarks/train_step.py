@@ -185,7 +185,9 @@ def work(options: argparse.Namespace) -> None:
         bf16 = uses_bf16(Recipe(precision=own))
         recipe, model, processor = prepare(options.size, folder, options.steps + options.warm_up, not bf16)
         os.environ["POINTALIGN_CACHE"] = str(folder / "cache")
-        recipe.precision, recipe.packing = "bf16" if bf16 else "fp32", options.packing
+        recipe.precision = "bf16" if bf16 else "fp32"
+        if options.packing is not None:
+            recipe.packing = options.packing
         recipe.compile, recipe.cuda_graphs, recipe.float8 = options.compile, options.cuda_graphs, options.float8
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -196,7 +198,13 @@ def work(options: argparse.Namespace) -> None:
             model.to(device_name())
             losses = train_published(recipe, folder, model, processor, bf16)
         gate.hook.remove()
-        gate.say(losses=losses, peak=peak_memory(device_name()), precision=recipe.precision, **environment(recipe))
+        gate.say(
+            losses=losses,
+            peak=peak_memory(device_name()),
+            precision=recipe.precision,
+            packing=recipe.packing,
+            **environment(recipe),
+        )
 
 
 def losses_apart(ours: list[dict[str, float]], published: list[dict[str, float]], precision: str) -> dict[str, float]:
@@ -255,6 +263,7 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
         }
     return result | {
         "precision": ends[0]["precision"],
+        "packing": ends[0]["packing"],
         "published_precision": options.published_precision,
         "device": ends[0]["device"],
         "threads": ends[0]["threads"],

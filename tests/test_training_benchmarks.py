@@ -15,6 +15,7 @@ def test_a_step_of_both_procedures() -> None:
     told = run_benchmark("train_step.py", *FLOAT32, "--steps", "2", "--published-precision", "fp32")
     assert told["first_losses_apart"] <= 2e-5
     assert told["mean_losses_apart"] <= 5e-4
+    assert told["packing"], "as the recipe says"
     for procedure in ("ours", "published"):
         assert told[procedure]["seconds_per_step"] > 0
         assert told[procedure]["peak_megabytes"] > 100
