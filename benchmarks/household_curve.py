@@ -1,6 +1,6 @@
 """Accuracy over training objects, parameters and steps: what more of each would bring on the bundled objects.
 
-    python benchmarks/household_curve.py --extra extra.parquet --out runs/curve       # two hours and a half on one core
+    python benchmarks/household_curve.py --extra extra.parquet --out runs/curve       # two hours on one core
 
 The bundled model's point encoder is trained from scratch on shares of the training objects, and on all of them at other
 widths and for other numbers of steps, some with the extra objects beside them; a linear classifier reads its features (class
@@ -151,9 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", default="validation-0", help="scored part, as a recipe's data.held_out")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     parser.add_argument(
-        "--steps", type=int, nargs="+", default=[400, 100, 1600], help="of an encoder, the usual ones first"
+        "--steps", type=int, nargs="+", default=[400, 100, 800], help="of an encoder, the usual ones first"
     )
-    parser.add_argument("--extra-steps", type=int, nargs="+", default=[400, 1600], help="those with the extra objects")
+    parser.add_argument("--extra-steps", type=int, nargs="+", default=[400, 800], help="those with the extra objects")
     parser.add_argument("--widths", type=int, nargs="+", default=[WIDTH // 2, WIDTH * 2], help="other ones")
     given = parser.parse_args(arguments)
     if not given.extra.is_file():
