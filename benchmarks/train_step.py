@@ -47,10 +47,10 @@ from pointalign.run_loop import uses_bf16
 from pointalign.runs import PreparedClouds, build_model, cast_frozen, quiet, train_language
 from pointalign.training import mixture
 
-# How far apart, relatively, each loss may be at the first step, and its mean over the first `COMPARED`. bfloat16 has eight bits:
+# How far apart, relatively, each loss may be at the first step, and its mean over the first `COMPARED`. bfloat16 has 8 bits:
 # single losses of the same weights were up to 0.6 % from float32, those of the published procedure in bfloat16 up to 0.4 %. At
 # the learning rate 5e-4 both were up to 1.5 % within eight steps, for rounding turns signs of small gradients and AdamW's first
-# steps move each weight by the learning rate whatever its gradient (docs/LOG.md, 2026-11-25); later they have different weights:
+# steps move each weight by the learning rate whatever its gradient (docs/LOG.md, 2026-11-25); later they have other weights:
 # after 20 steps the alignment loss was 10 % above where batches are packed, and 10 % below where they are padded (2026-11-26).
 # In float32 it is rounding alone. e4m3 has four bits: answers' losses were up to 10 % from float32, their mean 0.5 %.
 TOLERANCE = {"float8": (0.05, 0.03), "bf16": (0.01, 0.02), "fp32": (2e-5, 5e-4)}
