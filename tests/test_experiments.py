@@ -54,7 +54,7 @@ def test_the_curve_over_objects_is_what_the_command_told() -> None:
     for point in told["points"]:
         low, high = point["interval"]
         assert f"{100 * point['mean']:.1f} ({100 * low:.0f} to {100 * high:.0f})" in page
-    assert len(told["points"]) == 10
+    assert len(told["points"]) == 15
 
 
 def test_the_table_of_folds_is_what_the_commands_told() -> None:

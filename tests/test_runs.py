@@ -535,7 +535,7 @@ def test_a_run_on_products_in_8_bit_floats_is_nearly_the_plain_one(
     recipe = tiny_recipe(start, lora=lora, precision="bf16", logging_steps=1)
     train(replace(recipe, float8=True), tmp_path / "narrow")
     assert "float8 does nothing here: the language model has no frozen matrices" in capsys.readouterr().err
-    monkeypatch.setattr("pointalign.models.float8.NARROWEST", 16)
+    monkeypatch.setattr("pointalign.float8.NARROWEST", 16)
     train(replace(recipe, float8=True), tmp_path / "rounded")
     told = capsys.readouterr().err
     if "does not multiply them here" in told:

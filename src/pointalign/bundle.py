@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pointalign.errors import CheckpointError
-from pointalign.evaluation.results import RESULTS_FILE
-from pointalign.model_card import model_card
+from pointalign.model_card import model_card, result_files
 from pointalign.models.checkpoint import ADAPTED_PARTS, WEIGHTS_FILE, adapter_folder, load_weights_file
 from pointalign.models.language_model import EMBEDDED
 from pointalign.run_folder import RunFolder
@@ -87,7 +86,7 @@ def bundle(run: Path, out: Path, start: Path | None = None, evaluations: Sequenc
             f"{beside} shares the weights of the model that lies in {out}; give its run as --start, or delete it first"
         )
     for folder in evaluations:
-        if not any(folder.glob(f"*/*/{RESULTS_FILE}")):
+        if not result_files(folder):
             raise CheckpointError(f"{folder} holds no results; give a folder that `pointalign evaluate` wrote")
     with written_folder(out) as folder:
         _write_shared(model, folder)

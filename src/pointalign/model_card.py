@@ -129,10 +129,15 @@ def _training(recipes: Sequence[Recipe]) -> list[str]:
     return [*lines, "", f"`pointalign recipes NAME` tells each one's purpose.{alignment}", ""]
 
 
+def result_files(evaluation: Path) -> list[Path]:
+    """The results in a folder that `pointalign evaluate` wrote."""
+    return sorted(evaluation.glob(f"*/*/{RESULTS_FILE}"))
+
+
 def _measured(name: str, evaluations: Sequence[Path]) -> list[str]:
     rows = []
     for number, folder in enumerate(evaluations):
-        for file in sorted(folder.glob(f"*/*/{RESULTS_FILE}")):
+        for file in result_files(folder):
             result = read_results(file)
             told = name if number == 0 else str(result["model"])
             rows += [f"| {result['benchmark']} | {cell(told)} | {row} |" for row in _rows(result)]

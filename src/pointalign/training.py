@@ -18,7 +18,7 @@ from pointalign.data.conversations import Collator, ConversationDataset
 from pointalign.data.mixture import MixtureBatchSampler, NumberedBatches
 from pointalign.decoder_blocks import compiled_blocks
 from pointalign.errors import ConfigError
-from pointalign.models.float8 import float8_products, why_not_float8
+from pointalign.float8 import float8_products, why_not_float8
 from pointalign.models.packing import packed_positions, packing_attention, rounded_up
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.progress import say

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pointalign.models.float8 import Float8Linear, float8_products, frozen_linears, to_float8, why_not_float8
+from pointalign.float8 import Float8Linear, float8_products, frozen_linears, to_float8, why_not_float8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
