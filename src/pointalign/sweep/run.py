@@ -89,17 +89,13 @@ def _asked(
     recipes: Mapping[tuple[str, int], Recipe], only: Sequence[str], file: str | Path
 ) -> dict[tuple[str, int], Recipe]:
     """The runs that are meant."""
-    for name in only:
-        if not any(name in (arm, f"{arm}/seed-{seed}") for arm, seed in recipes):
-            arms, seeds = (list(dict.fromkeys(key[place] for key in recipes)) for place in (0, 1))
-            raise ConfigError(
-                f"{file} has no run {name!r}: name an arm ({', '.join(map(str, arms))}) or ARM/seed-N with a seed of {seeds}"
-            )
-    return {
-        (arm, seed): recipe
-        for (arm, seed), recipe in recipes.items()
-        if not only or arm in only or f"{arm}/seed-{seed}" in only
-    }
+    names = {(arm, seed): {str(arm), f"{arm}/seed-{seed}"} for arm, seed in recipes}
+    if unknown := [name for name in only if name not in set().union(*names.values())]:
+        arms, seeds = (list(dict.fromkeys(key[place] for key in recipes)) for place in (0, 1))
+        raise ConfigError(
+            f"{file} has no run {unknown[0]!r}: name an arm ({', '.join(map(str, arms))}) or ARM/seed-N with a seed of {seeds}"
+        )
+    return {key: recipe for key, recipe in recipes.items() if not only or names[key] & set(only)}
 
 
 def _check(recipe: Recipe, file: str | Path) -> None:
