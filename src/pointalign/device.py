@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+# How many of the kernels that PyTorch makes for matrix products on a CPU are kept, one for each shape and a megabyte or so in
+# size. Its own number is 1,024, which lets memory grow for as long as shapes are new (pytorch/pytorch issue 27971); a
+# training step of any number of blocks asks for 30 to 40.
+KEPT_KERNELS = 64
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def native_bf16(device: torch.device | None = None) -> bool:
@@ -15,3 +23,13 @@ def native_bf16(device: torch.device | None = None) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(check() for check in checks if check is not None)
+
+
+def keep_few_kernels() -> None:
+    """Bound what PyTorch keeps of kernels on a CPU, unless the environment says how much.
+
+    oneDNN and its wrapper look at the environment at the first product that they take in this process, so it is to be called
+    before that.
+    """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(KEPT_KERNELS))

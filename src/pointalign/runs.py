@@ -26,6 +26,7 @@ from pointalign.data.conversations import ConversationDataset, PointCloudSource
 from pointalign.data.features import FeatureCache, weights_fingerprint
 from pointalign.data.household_split import check_part
 from pointalign.data.sources import OptionalSizes, check_paths, missing_color, open_training_data, read_clouds, unsized
+from pointalign.device import keep_few_kernels
 from pointalign.errors import ConfigError
 from pointalign.figures import draw_losses
 from pointalign.models.chat_text import choose_point_token
@@ -321,6 +322,7 @@ def train_language(
     Raises:
         PointAlignError: as `train`.
     """
+    keep_few_kernels()
     clouds, conversations = open_training_data(recipe.data, folder.path)
     options: dict[str, Any] = {
         "conversations": conversations,

@@ -165,6 +165,7 @@ def read_clouds(table: pa.Table) -> np.ndarray:
     clouds = np.empty((table.num_rows, NUM_POINTS, 6), dtype=np.float32)
     clouds[..., :3] = normalize_point_cloud(torch.from_numpy(_values(table["xyz"]).astype(np.float32)))
     np.divide(_values(table["rgb"]), np.float32(255), out=clouds[..., 3:])
+    pa.default_memory_pool().release_unused()  # what reading took, three times the clouds, and would keep
     return clouds
 
 
