@@ -280,6 +280,15 @@ def test_other_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert run(capsys, "train", "household-align", "--alignment.wieght", "1")[0] == 2
 
 
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("evaluate", "--help")])
+def test_who_reads_no_further_is_told_nothing(arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    ran = subprocess.run([sys.executable, "-m", "pointalign", *arguments], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (141, b"")
+
+
 def test_debug_shows_where_a_failure_came_from() -> None:
     with pytest.raises(pointalign.errors.ConfigError):
         main(["--debug", "train", "nothing"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +21,7 @@ from pointalign.verbs.training import Bundle, ImportCheckpoint, Quickstart, Reci
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141
 VERBS: dict[str, Any] = {
     "train": Train,
     "sweep": Sweep,
@@ -79,16 +82,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
-    if not given or given[0] in ("-h", "--help"):
-        print(_usage())
-        return
-    if given[0] == "--version":
-        print(__version__)
-        return
-    sys.exit(_run(given, debug))
+    try:
+        try:
+            status: Any = _run(given, debug)
+        except SystemExit as ended:  # as tyro's help ends
+            status = ended.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain at its end
+        status = EXIT_UNREAD
+    sys.exit(status)
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads our output any more (`| head`), of which most commands say nothing."""
+    watched = select.poll()
+    watched.register(1, 0)
+    return any(event & select.POLLERR for _, event in watched.poll(0))
 
 
 def _run(given: list[str], debug: bool) -> int:
+    if not given or given[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if given[0] == "--version":
+        print(__version__)
+        return 0
     try:
         verb = _parse(given)
         check_seed(getattr(verb, "seed", 0))
@@ -102,7 +123,7 @@ def _run(given: list[str], debug: bool) -> int:
         print("pointalign: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OSError as error:
-        if debug:
+        if debug or (isinstance(error, BrokenPipeError) and _is_unread()):
             raise
         where = f" {error.filename}" if error.filename else ""
         print(f"pointalign: {error.strerror or error}{where}; check the path and the free space", file=sys.stderr)

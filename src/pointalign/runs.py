@@ -28,7 +28,6 @@ from pointalign.data.household_split import check_part
 from pointalign.data.sources import OptionalSizes, check_paths, missing_color, open_training_data, read_clouds, unsized
 from pointalign.device import keep_few_kernels
 from pointalign.errors import ConfigError
-from pointalign.figures import draw_losses
 from pointalign.models.chat_text import choose_point_token
 from pointalign.models.checkpoint import fit_embeddings, local_checkpoint, resolve_model
 from pointalign.models.language_model import load_language_model, load_tokenizer
@@ -226,6 +225,8 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
     set_seed(recipe.seed)
     counts = _train(recipe, folder)
     if is_first_process():
+        from pointalign.figures import draw_losses  # matplotlib takes memory that training has use for
+
         draw_losses(folder.metrics(), folder.path / "losses.png", recipe.name)
     return _summary(recipe, folder, counts, time.monotonic() - start)
 
@@ -323,19 +324,7 @@ def train_language(
         PointAlignError: as `train`.
     """
     keep_few_kernels()
-    clouds, conversations = open_training_data(recipe.data, folder.path)
-    options: dict[str, Any] = {
-        "conversations": conversations,
-        "processor": processor,
-        "max_length": recipe.data.max_length,
-    }
-    if recipe.as_released:
-        options["rewrite"] = released_messages
-    if recipe.data.augment:
-        points = PreparedClouds(clouds, processor.clean_points)
-        dataset = AugmentedConversations(recipe.data.size_told, recipe.seed, points=points, **options)
-    else:
-        dataset = _plain_dataset(recipe, model, clouds, options)
+    dataset = _open_dataset(recipe, folder.path, model, processor)
     regularizer = build_regularizer(model, recipe.alignment, recipe.seed)
     trainer = run_trainer(
         recipe,
@@ -345,6 +334,24 @@ def train_language(
         ),
     )
     return trainer, regularizer
+
+
+def _open_dataset(
+    recipe: Recipe, folder: Path, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor
+) -> ConversationDataset:
+    """What a run trains on; clouds are in memory after this only where they are needed at every step."""
+    clouds, conversations = open_training_data(recipe.data, folder)
+    options: dict[str, Any] = {
+        "conversations": conversations,
+        "processor": processor,
+        "max_length": recipe.data.max_length,
+    }
+    if recipe.as_released:
+        options["rewrite"] = released_messages
+    if recipe.data.augment:
+        points = PreparedClouds(clouds, processor.clean_points)
+        return AugmentedConversations(recipe.data.size_told, recipe.seed, points=points, **options)
+    return _plain_dataset(recipe, model, clouds, options)
 
 
 def _plain_dataset(
