@@ -280,6 +280,21 @@ def test_other_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert run(capsys, "train", "household-align", "--alignment.wieght", "1")[0] == 2
 
 
+def test_options_may_stand_before_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "missing" / "run" / "model"
+    status, _, err = run(
+        capsys, "train", "--out", str(tmp_path / "run"), "--model.start-from", str(missing), "household-align"
+    )
+    assert status == 1
+    assert f"recipe household-align starts from {missing}" in last_line(err)
+    assert "found no recipe 'nothing'" in last_line(run(capsys, "train", "--resume", "nothing")[2])
+
+
+def test_output_may_be_closed() -> None:
+    ran = subprocess.run(f"{sys.executable} -m pointalign --version >&-", shell=True, stderr=subprocess.PIPE)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("evaluate", "--help")])
 def test_who_reads_no_further_is_told_nothing(arguments: tuple[str, ...]) -> None:
     reading, writing = os.pipe()

@@ -7,6 +7,7 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import tyro
@@ -69,12 +70,12 @@ def _parse(arguments: list[str]) -> Any:
     if verb not in kinds:
         known = ", ".join([*VERBS, *(f"data {name}" for name in DATA_VERBS)])
         raise PointAlignError(f"unknown verb {' '.join(arguments[:2])!r}; known are {known}")
-    default = None
-    if kinds[verb] is Train:
-        named = next((argument for argument in rest if not argument.startswith("-")), None)
-        if named is not None and (not rest[0].startswith("-")):
-            default = Train(recipe=named, settings=load_recipe(named))
-    return tyro.cli(kinds[verb], prog=f"{prog} {verb}", args=rest, default=default)
+    parse = partial(tyro.cli, kinds[verb], prog=f"{prog} {verb}", args=rest)
+    if kinds[verb] is not Train or not rest:
+        return parse()
+    # The recipe's own settings are what its options change, so it has to be known before they are read.
+    named = parse().recipe if rest[0].startswith("-") else rest[0]
+    return parse(default=Train(recipe=named, settings=load_recipe(named)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             status: Any = _run(given, debug)
         except SystemExit as ended:  # as tyro's help ends
             status = ended.code
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where it was closed
+            sys.stdout.flush()
     except BrokenPipeError:
         if not _is_unread():
             raise

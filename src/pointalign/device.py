@@ -8,8 +8,8 @@ import torch
 
 # How many of the kernels that PyTorch makes for matrix products on a CPU are kept, one for each shape and a megabyte or so in
 # size. Its own number is 1,024, which lets memory grow for as long as shapes are new (pytorch/pytorch issue 27971). The
-# blocks of a language model share some ten on their way forward and some twenty back; with 16 kept a step took 7 % longer,
-# with 32 no longer.
+# blocks of a language model share some ten on their way forward and some twenty back; a step took no longer with 32 kept
+# (docs/LOG.md, 2026-11-26).
 KEPT_KERNELS = 32
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 

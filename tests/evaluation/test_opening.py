@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pointalign.data.files import load_point_cloud
 from pointalign.data.household_split import household_sides
 from pointalign.data.modelnet import CLASS_NAMES
 from pointalign.errors import ConfigError, DataError
 from pointalign.evaluation.opening import BENCHMARKS, Sources, open_benchmark
 from pointalign.evaluation.own_data import FolderClouds, read_classes, read_truth
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def test_household_is_asked_about_the_held_out_objects() -> None:
@@ -83,6 +87,16 @@ def test_own_clouds_are_found_with_and_without_their_number_of_points(own: Path)
     assert benchmark.cloud("plain").shape == (9, 3)
     assert benchmark.cloud("o3").shape == (60, 6)
     assert benchmark.cloud("vase_2").all()
+
+
+def test_sizes_that_files_tell_are_told(own: Path) -> None:
+    shutil.copy(EXAMPLES / "chair.glb", own / "clouds")
+    shutil.copy(EXAMPLES / "oak_table.ply", own / "clouds")
+    clouds = FolderClouds(own / "clouds")
+    chair, told = clouds["chair"], load_point_cloud(EXAMPLES / "chair.glb")
+    assert (told.unit, set(chair[:, 6].tolist())) == (1.0, {1.0})  # glTF is in metres
+    np.testing.assert_array_equal(chair[:, :6], told.array())
+    assert clouds["oak_table"].shape[1] == 6
 
 
 def test_numbered_objects_are_not_one_object_of_a_shorter_name(own: Path) -> None:

@@ -68,7 +68,8 @@ class FolderClouds:
             raise DataError(f"{self.folder} has no cloud of object {object_id}; complete the folder")
         path = self.files[object_id]
         if path.suffix.lower() != NUMPY:
-            return load_point_cloud(path).array()
+            cloud = load_point_cloud(path)
+            return cloud.array() if cloud.unit is None or cloud.colors is None else cloud.sized_array()
         try:
             return np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:

@@ -64,7 +64,10 @@ class PointCloud:
             return cloud.points.copy()
         return np.concatenate([cloud.points, cloud.colors], axis=1)
 
-    def sized_array(self, missing_color: Sequence[float]) -> np.ndarray:
-        """(N, 7) float32: xyz, rgb as in `array`, and the unit of xyz in metres in every row, 0 where it is not known."""
+    def sized_array(self, missing_color: Sequence[float] | None = None) -> np.ndarray:
+        """(N, 7) float32: xyz, rgb as in `array`, and the unit of xyz in metres in every row, 0 where it is not known.
+
+        A cloud without colour needs a `missing_color`.
+        """
         unit = np.full((len(self), 1), self.unit or 0, dtype=np.float32)
         return np.concatenate([self.array(missing_color), unit], axis=1)
