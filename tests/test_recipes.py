@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarking import BENCHMARKS, load_script
-from pointalign import recipe_table, runs
+from pointalign import figures, recipe_table
 from pointalign.config import Recipe, load_recipe, recipe_head, recipe_names
 from pointalign.errors import CheckpointError, ConfigError
 from pointalign.full_size import (
@@ -71,7 +71,7 @@ def world(
     write_extra(folder / "extra.parquet", ["a wolf"] * 40 + ["a bear"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POINTALIGN_CACHE", str(folder / "cache"))
-        patch.setattr(runs, "draw_losses", lambda *arguments: None)  # test_runs looks at the figure
+        patch.setattr(figures, "draw_losses", lambda *arguments: None)  # test_runs looks at the figure
         gc.freeze()  # each trainer collects garbage at its end, and would look through all that was imported
         yield folder
         gc.unfreeze()
