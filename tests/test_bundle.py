@@ -22,11 +22,13 @@ from pointalign.cli import main
 from pointalign.config import load_recipe, to_yaml
 from pointalign.errors import CheckpointError
 from pointalign.evaluation.provenance import model_fingerprint
+from pointalign.model_card import stages
 from pointalign.models import checkpoint
 from pointalign.models.checkpoint import find_checkpoint, local_checkpoint, resolve_model
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import PointAlignProcessor, load_processor
 from pointalign.parts import norm_modules
+from pointalign.run_folder import RunFolder
 from randomness import randomize
 
 BUNDLED = checkpoint.ASSETS / "household-135m"
@@ -239,6 +241,14 @@ def test_the_card_tells_what_was_measured_and_whose_data_it_was(
     ):
         assert owner in card
     assert str(tmp_path) not in card.replace(str(runs), "")
+
+
+def test_a_start_that_is_no_folder_leads_to_no_earlier_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("household-align")
+    recipe.model.start_from = "household-135m-pretrain"
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    assert [stage.name for stage in stages(RunFolder("."))] == ["household-align"]
 
 
 def test_bundled_models_go_by_their_names(

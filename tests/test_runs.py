@@ -389,8 +389,30 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(unbroken: Path, start: Pat
 
 
 def test_a_run_is_not_resumed_with_another_recipe(unbroken: Path, start: Path) -> None:
-    with pytest.raises(ConfigError, match=r"another recipe \(seed: 42; seed: 43\)"):
+    with pytest.raises(ConfigError, match=r"another recipe \(seed: 42 there, 43 now\)"):
         train(tiny_recipe(start, seed=43), unbroken, resume=True)
+
+
+def test_values_that_change_places_are_another_recipe(start: Path, tmp_path: Path) -> None:
+    run, recipe = RunFolder(tmp_path / "run"), tiny_recipe(start)
+    run.open(recipe, resume=False)
+    assert run.changed_settings(tiny_recipe(start)) == []
+    first, second = recipe.data.sets
+    first.odds, second.odds = second.odds, first.odds
+    assert run.changed_settings(recipe) == [
+        "data.sets.0.odds: 2.0 there, 3.0 now",
+        "data.sets.1.odds: 3.0 there, 2.0 now",
+    ]
+    recipe.data.sets.pop()
+    [told] = run.changed_settings(recipe)
+    assert told.startswith("data.sets: [")
+
+
+def test_a_run_may_start_from_another_runs_folder(unbroken: Path, start: Path) -> None:
+    model, _ = build_model(tiny_recipe(unbroken).model, (0.0, 0.0, 0.0))
+    want = load_file(unbroken / "model" / "model.safetensors")
+    name = next(iter(want))
+    assert torch.equal(model.state_dict()[name], want[name])
 
 
 def test_the_resolved_recipe_holds_every_setting(unbroken: Path) -> None:

@@ -359,10 +359,31 @@ def _read_text(file: Any) -> str:
         raise ConfigError(f"cannot read {file}: {error}; give a YAML file in UTF-8") from error
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML whose keys stand once in each mapping: of two, the parser would drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value!r} stands twice, the second time in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        yaml.YAMLError: when it is not YAML, or a key stands twice in one mapping.
+    """
+    return yaml.load(text, Loader=_OnceLoader)
+
+
 def _values(file: Any, above: tuple[str, ...]) -> dict[str, Any]:
     """What a recipe file says, over what its base says; `above` are the files whose base it is."""
     try:
-        values = yaml.safe_load(_read_text(file)) or {}
+        values = read_yaml(_read_text(file)) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

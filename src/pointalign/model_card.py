@@ -44,7 +44,7 @@ def stages(run: RunFolder) -> list[Recipe]:
     """The recipes of a run and of those that it builds on, the first one first, as far as their folders are there."""
     recipe = load_recipe(run.recipe_file)
     start = recipe.model.start_from
-    earlier = RunFolder(Path(start).parent) if start else None
+    earlier = RunFolder(Path(start).parent) if start and Path(start).is_dir() else None
     return [*(stages(earlier) if earlier and earlier.recipe_file.is_file() else []), recipe]
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,15 +61,14 @@ class RunFolder:
             )
 
     def changed_settings(self, recipe: Recipe) -> list[str]:
-        """Lines of the run's recipe and of another one that differ; how the work is done is no part of what is trained.
+        """Settings of another recipe that differ from the run's; how the work is done is no part of what is trained.
 
         Raises:
             ConfigError: when the run's recipe cannot be read.
         """
         how = {name: getattr(recipe, name) for name in ("fsdp", "workers", "compile", "cuda_graphs")}
         started = replace(load_recipe(self.recipe_file), **how)
-        saved, asked = to_yaml(started).splitlines(), to_yaml(recipe).splitlines()
-        return sorted({line.strip() for line in set(saved) ^ set(asked)})
+        return _differences(asdict(started), asdict(recipe))
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written whole; its state file is written last."""
@@ -141,3 +140,18 @@ def environment(recipe: Recipe) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
+
+
+def _differences(was: Any, now: Any, name: str = "") -> list[str]:
+    """Where two recipes' values differ, each by its dotted name."""
+    if was == now:
+        return []
+    if isinstance(was, dict) and isinstance(now, dict) and was.keys() == now.keys():
+        pairs = [(key, was[key], now[key]) for key in was]
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        pairs = list(zip(range(len(was)), was, now, strict=True))
+    else:
+        return [f"{name}: {was} there, {now} now"]
+    return [
+        line for key, *values in pairs for line in _differences(*values, name=f"{name}.{key}" if name else str(key))
+    ]

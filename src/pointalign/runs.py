@@ -63,10 +63,9 @@ def build_model(
     """
     quantize = None if settings.quantize == "none" else settings.quantize
     if settings.start_from is not None:
-        model = PointAlignForConditionalGeneration.from_pretrained(
-            settings.start_from, is_trainable=True, quantize=quantize
-        )
-        return model, load_processor(settings.start_from)
+        start = resolve_model(settings.start_from)
+        model = PointAlignForConditionalGeneration.from_pretrained(start, is_trainable=True, quantize=quantize)
+        return model, load_processor(start)
     tokenizer = load_tokenizer(settings.language_model)
     language_model: Any = load_language_model(settings.language_model, quantize, dtype=torch.float32)
     token = choose_point_token(tokenizer, language_model.get_input_embeddings().weight.shape[0], settings.point_token)

@@ -22,6 +22,7 @@ import yaml
 
 from pointalign.cli import main
 from pointalign.data.household import load_household
+from pointalign.data.household_split import household_sides
 from pointalign.data.household_text import build_instructions
 from pointalign.errors import ConfigError
 from pointalign.evaluation.asking import load_model
@@ -339,6 +340,24 @@ def test_one_row_alone(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     told = json.loads((out / "results.json").read_text())
     assert told["missing"] == ["plain, seed 0", "aligned, seed 0", "plain, seed 1"]
     assert told["measures"]["accuracy"]["aligned"]["seeds"] == [1]
+
+
+def test_a_sweep_measures_what_its_runs_left_out(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POINTALIGN_CACHE", str(tmp_path / "cache"))
+    file, out = write_sweep(tmp_path / "s.yaml", start), tmp_path / "out"
+    values = yaml.safe_load(file.read_text())
+    values["overrides"].setdefault("data", {})["held_out"] = "validation-1"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    run_sweep(file, out, only=["plain"])
+    [measured] = out.glob("plain/seed-*/measured.json")
+    left_out = {thing.id for thing in household_sides("validation-1")[1]}
+    for found in json.loads(measured.read_text())["measures"].values():
+        assert found.keys()
+        assert found.keys() <= left_out
+    values["arms"]["aligned"]["data"] = {"held_out": "validation-2"}
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(ConfigError, match="arms hold out validation-1 and validation-2, so nothing can be paired"):
+        run_sweep(file, out)
 
 
 def main_returns(arguments: list[str]) -> Any:

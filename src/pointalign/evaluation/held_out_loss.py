@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pointalign.data.conversations import Collator, ConversationDataset, read_conversations
-from pointalign.data.household import load_household
+from pointalign.data.household_split import TEST, household_sides
 from pointalign.data.household_text import build_instructions
 from pointalign.data.sources import HouseholdClouds
 from pointalign.evaluation.asking import LoadedModel
@@ -26,7 +26,7 @@ OBJECTS_AT_ONCE = 2
 LONGEST = 4096
 
 
-def held_out_loss(loaded: LoadedModel, out: Path, limit: int | None = None) -> dict[str, float]:
+def held_out_loss(loaded: LoadedModel, out: Path, limit: int | None = None, held_out: str = TEST) -> dict[str, float]:
     """Mean loss per answer token of each held-out object's conversations; stopped and called again, it goes on.
 
     The conversations are of all four types, written by the rules that write the training ones.
@@ -35,6 +35,7 @@ def held_out_loss(loaded: LoadedModel, out: Path, limit: int | None = None) -> d
         loaded: the model, see `load_model`.
         out: folder that keeps the losses.
         limit: only so many objects, the first ones.
+        held_out: which objects, see `household_sides`.
 
     Returns:
         By object id, in nats per token.
@@ -42,7 +43,7 @@ def held_out_loss(loaded: LoadedModel, out: Path, limit: int | None = None) -> d
     Raises:
         DataError: when the folder holds the losses of another model.
     """
-    objects = load_household("test")[:limit]
+    objects = household_sides(held_out)[1][:limit]
     clouds = HouseholdClouds(objects)
     by_id = {thing.id: thing for thing in objects}
     language_model = loaded.model.language_model

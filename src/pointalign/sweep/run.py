@@ -17,6 +17,7 @@ from pointalign.errors import ConfigError, DataError, PointAlignError
 from pointalign.evaluation.asking import EvaluationSettings, load_model
 from pointalign.evaluation.compare import ACCURACY, object_values
 from pointalign.evaluation.held_out_loss import held_out_loss, how_scored
+from pointalign.evaluation.opening import Sources, household_name
 from pointalign.evaluation.provenance import model_fingerprint
 from pointalign.evaluation.results import read_results
 from pointalign.evaluation.run import evaluate
@@ -63,6 +64,8 @@ def run_sweep(file: str | Path, out: str | Path, only: Sequence[str] = ()) -> di
     asked = _asked(recipes, only, file)
     for recipe in recipes.values():
         _check(recipe, file)
+    if len(parts := {recipe.data.held_out for recipe in recipes.values()}) > 1:
+        raise ConfigError(f"{file}: arms hold out {' and '.join(sorted(parts))}, so nothing can be paired; choose one")
     # What is done is known before anything is trained, so that other settings are refused at once.
     done = len(_measured(folder, recipes, sweep.limit))
     if done:
@@ -180,11 +183,13 @@ def _run(recipe: Recipe, folder: Path, limit: int | None) -> None:
         raise RunStopped(f"{recipe.name}, seed {recipe.seed}: {stopped.done}", SAME_COMMAND) from None
     gc.collect()  # the trainer holds the model in circles
     model, out = folder / "model", folder / "evaluation"
-    evaluate(model, out, EvaluationSettings((CLASSIFICATION, CAPTIONING), limit=limit))
+    sources = Sources(held_out=recipe.data.held_out)
+    evaluate(model, out, EvaluationSettings((CLASSIFICATION, CAPTIONING), sources=sources, limit=limit))
+    classification, captioning = (out / household_name(name, sources) for name in (CLASSIFICATION, CAPTIONING))
     measures = {
-        "accuracy": object_values(read_results(out / CLASSIFICATION), ACCURACY),
-        "caption_similarity": object_values(read_results(out / CAPTIONING), measure_name(MINILM)),
-        "next_token_loss": held_out_loss(load_model(model), out / LOSS, limit),
+        "accuracy": object_values(read_results(classification), ACCURACY),
+        "caption_similarity": object_values(read_results(captioning), measure_name(MINILM)),
+        "next_token_loss": held_out_loss(load_model(model), out / LOSS, limit, sources.held_out),
     }
     start = recipe.model.start_from
     content = {

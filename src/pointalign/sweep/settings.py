@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from pointalign.config import Recipe, load_recipe, override_recipe
+from pointalign.config import Recipe, load_recipe, override_recipe, read_yaml
 from pointalign.conversion import from_dict
 from pointalign.errors import ConfigError
 
@@ -47,7 +47,7 @@ def load_sweep(path: str | Path) -> tuple[Sweep, dict[tuple[str, int], Recipe]]:
     """
     file = Path(path)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {file}: {error}; give a sweep file in YAML") from error
     except yaml.YAMLError as error:
