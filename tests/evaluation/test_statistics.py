@@ -91,6 +91,15 @@ def test_a_difference_inside_the_noise_says_so() -> None:
         paired_difference([1.0], [1.0, 2.0])
 
 
+@pytest.mark.parametrize(("objects", "better"), [(1, 1), (5, 5), (100, 5), (6, 6), (100, 6)])
+def test_five_objects_tell_no_difference_and_six_may(objects: int, better: int) -> None:
+    first, second = [0.0] * objects, [1.0] * better + [0.0] * (objects - better)
+    told = mcnemar_exact(0, better) < 0.05
+    assert told == (better == 6)
+    assert paired_difference(first, second)["inside_noise"] != told
+    assert pooled_difference([first], [second])["inside_noise"] != told
+
+
 @pytest.mark.parametrize(
     ("only_first", "only_second", "p_value"),
     [(2, 8, 2 * (1 + 10 + 45) / 2**10), (0, 5, 2 / 2**5), (4, 4, 1.0), (0, 0, 1.0), (8, 2, 2 * 56 / 2**10)],

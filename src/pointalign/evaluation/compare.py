@@ -12,7 +12,7 @@ import numpy as np
 from pointalign.errors import DataError
 from pointalign.evaluation.comparison_report import comparison_lines
 from pointalign.evaluation.results import RESULTS_FILE, read_results
-from pointalign.evaluation.statistics import mcnemar_exact, pooled_difference
+from pointalign.evaluation.statistics import FEW_DIFFERENCES, mcnemar_exact, pooled_difference
 from pointalign.progress import say
 from pointalign.storage import write_text
 
@@ -87,7 +87,12 @@ def warnings_of(result: Mapping[str, Any]) -> list[str]:
     low, high = result["interval"]
     told = []
     if result["inside_noise"]:
-        told.append(f"the difference is inside the noise: its 95 % interval, {low:+.4g} to {high:+.4g}, holds zero")
+        why = (
+            f"its 95 % interval, {low:+.4g} to {high:+.4g}, holds zero"
+            if low <= 0 <= high
+            else f"fewer than {FEW_DIFFERENCES} objects differ"
+        )
+        told.append(f"the difference is inside the noise: {why}")
     if result["seeds"] == [1, 1]:
         told.append("one seed of training a side: how much another seed would change is not in the interval")
     elif result["few_seeds"]:

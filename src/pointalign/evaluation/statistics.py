@@ -12,6 +12,9 @@ from pointalign.errors import DataError
 RESAMPLES = 10_000
 RESAMPLES_AT_ONCE = 500
 CONFIDENCE = 0.95
+# So many objects must differ before two models are said to: of two that are equally good one is better on all of five with
+# probability 2 / 2^5 = 0.06, on all of six with 0.03 (the sign test, which McNemar's exact test is for right and wrong).
+FEW_DIFFERENCES = 6
 # Resampling this few seeds shows too little of how much training varies.
 FEW_SEEDS = 5
 
@@ -116,7 +119,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
     """Second minus first over the same objects, with a paired bootstrap interval.
 
     Returns:
-        `mean`, `n`, `interval`, and `inside_noise`: whether the interval holds zero.
+        `mean`, `n`, `interval`, and `inside_noise`: whether the interval holds zero, or fewer than six objects differ.
 
     Raises:
         DataError: when the two do not have the same number of objects.
@@ -125,9 +128,17 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
         raise DataError(
             f"cannot pair {len(first)} objects with {len(second)}; evaluate both models on the same objects"
         )
-    summary = summarize([after - before for before, after in zip(first, second, strict=True)], seed)
-    low, high = summary["interval"]
-    return {**summary, "inside_noise": low <= 0 <= high}
+    differences = [after - before for before, after in zip(first, second, strict=True)]
+    summary = summarize(differences, seed)
+    return {**summary, "inside_noise": _inside_noise(differences, *summary["interval"])}
+
+
+def _inside_noise(differences: Sequence[float] | np.ndarray, low: float, high: float) -> bool:
+    """Whether a mean difference cannot be told from none: its interval holds zero, or too few objects differ.
+
+    A bootstrap interval is too short where few objects differ, and a point where all differ alike.
+    """
+    return low <= 0 <= high or int(np.count_nonzero(differences)) < FEW_DIFFERENCES
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
@@ -188,7 +199,7 @@ def pooled_difference(
         "seeds": [len(before), len(after)],
         "paired_seeds": paired,
         "interval": [low, high],
-        "inside_noise": low <= 0 <= high,
+        "inside_noise": _inside_noise(after.mean(axis=0) - before.mean(axis=0), low, high),
         "few_seeds": min(len(before), len(after)) < FEW_SEEDS,
     }
     if paired:
