@@ -98,6 +98,8 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
         ("just words", "must hold `key: value` lines, not a str"),
         ("a: [1", "is not YAML"),
         ("a: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("? [1, 2]\n: 3", "is not YAML"),
+        ("lora: !!map some", "is not YAML"),
         ("lora: {rank: 2}\nseed: 1\nlora: {alpha: 4}", "'lora' stands twice, the second time in line 3"),
     ],
 )
