@@ -251,6 +251,18 @@ def test_a_start_that_is_no_folder_leads_to_no_earlier_run(tmp_path: Path, monke
     assert [stage.name for stage in stages(RunFolder("."))] == ["household-align"]
 
 
+@pytest.mark.parametrize("named", ["first", "first/model"])
+def test_a_start_leads_to_its_run_by_either_folder(named: str, tmp_path: Path) -> None:
+    (tmp_path / "first" / "model").mkdir(parents=True)
+    (tmp_path / "first" / "model" / "config.json").write_text("{}")
+    (tmp_path / "first" / "recipe.yaml").write_text(to_yaml(load_recipe("household-encoder")))
+    recipe = load_recipe("household-align")
+    recipe.model.start_from = str(tmp_path / named)
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "recipe.yaml").write_text(to_yaml(recipe))
+    assert [stage.name for stage in stages(RunFolder(tmp_path / "second"))] == ["household-encoder", "household-align"]
+
+
 def test_bundled_models_go_by_their_names(
     write_bundle: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

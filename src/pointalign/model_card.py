@@ -12,6 +12,7 @@ from pointalign.data.extra_sources import PACKAGES
 from pointalign.data.household_catalog import COLLECTIONS
 from pointalign.evaluation.report import cell, percent, points
 from pointalign.evaluation.results import RESULTS_FILE, read_results
+from pointalign.models.checkpoint import resolve_model
 from pointalign.models.language_model import EMBEDDED
 from pointalign.run_folder import RunFolder
 
@@ -43,8 +44,8 @@ processor = PointAlignProcessor.from_pretrained("{name}")
 def stages(run: RunFolder) -> list[Recipe]:
     """The recipes of a run and of those that it builds on, the first one first, as far as their folders are there."""
     recipe = load_recipe(run.recipe_file)
-    start = recipe.model.start_from
-    earlier = RunFolder(Path(start).parent) if start and Path(start).is_dir() else None
+    start = Path(resolve_model(recipe.model.start_from)) if recipe.model.start_from else None
+    earlier = RunFolder(start.parent) if start and start.is_dir() else None
     return [*(stages(earlier) if earlier and earlier.recipe_file.is_file() else []), recipe]
 
 
