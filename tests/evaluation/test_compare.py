@@ -65,9 +65,10 @@ def test_seeds_are_pooled_and_told_by_seed(result_file: WriteResult, tmp_path: P
     assert result["by_seed"] == pytest.approx([0.2, 0, 0.2])
     assert result["difference"] == pytest.approx(0.4 / 3)
     assert (result["seeds"], result["paired_seeds"], result["few_seeds"]) == ([3, 3], True, True)
-    assert "p_value" not in result
+    assert result["p_value"] == pytest.approx(2 * (1 + 4) / 2**4)
     report = (tmp_path / "out" / "report.md").read_text()
     assert "By seed: +20.00, +0.00, +20.00 (standard deviation 11.55)." in report
+    assert "Sign flips over the objects' means: p = 0.625, which leaves out" in report
     assert "3 seeds say little" in report
     rows = disagreements([read_results(path) for path in first], [read_results(path) for path in second], "accuracy")
     assert rows[0]["second"] == pytest.approx(1 / 3)
@@ -96,7 +97,7 @@ def test_several_questions_are_compared_together_and_each(result_file: WriteResu
     result = compare([paths[0]], [paths[1]], tmp_path / "out")
     assert object_values(read_results(paths[1]), "accuracy") == {"o0": 1.0, "o1": 0.5}
     assert result["difference"] == pytest.approx((0.5 + 0.5) / 2)
-    assert "p_value" not in result, "half-right answers are not yes or no"
+    assert "only_first" not in result, "half-right answers are not yes or no"
     assert result["measures"]["accuracy (I)"]["only_second"] == 1
     assert result["measures"]["accuracy (C)"]["difference"] == 0.5
 

@@ -62,10 +62,14 @@ def _sureness(result: Mapping[str, Any]) -> list[str]:
             scale = 100 if result["measure"].startswith(SHARE) else 1
             listed = ", ".join(f"{scale * value:+.2f}" for value in result["by_seed"])
             lines.append(f"By seed: {listed} (standard deviation {scale * result['seed_deviation']:.2f}).")
-    if "p_value" in result:
+    if "only_first" in result:
         lines.append(
             f"Only the first is right on {result['only_first']} objects, only the second on {result['only_second']}: exact "
             f"McNemar test, p = {result['p_value']:.3g}."
+        )
+    else:
+        lines.append(
+            f"Sign flips over the objects' means: p = {result['p_value']:.3g}, which leaves out how training varies."
         )
     if result["left_out"]:
         lines.append(f"{result['left_out']} objects are left out, because an answer about them could not be judged.")

@@ -12,9 +12,6 @@ from pointalign.errors import DataError
 RESAMPLES = 10_000
 RESAMPLES_AT_ONCE = 500
 CONFIDENCE = 0.95
-# So many objects must differ before two models are said to: of two that are equally good one is better on all of five with
-# probability 2 / 2^5 = 0.06, on all of six with 0.03 (the sign test, which McNemar's exact test is for right and wrong).
-FEW_DIFFERENCES = 6
 # Resampling this few seeds shows too little of how much training varies.
 FEW_SEEDS = 5
 
@@ -119,7 +116,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
     """Second minus first over the same objects, with a paired bootstrap interval.
 
     Returns:
-        `mean`, `n`, `interval`, and `inside_noise`: whether the interval holds zero, or fewer than six objects differ.
+        `mean`, `n`, `interval`, `p_value` of `sign_flip_test`, and `inside_noise`: whether the interval holds zero or that
+        test finds nothing.
 
     Raises:
         DataError: when the two do not have the same number of objects.
@@ -128,17 +126,50 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
         raise DataError(
             f"cannot pair {len(first)} objects with {len(second)}; evaluate both models on the same objects"
         )
-    differences = [after - before for before, after in zip(first, second, strict=True)]
-    summary = summarize(differences, seed)
-    return {**summary, "inside_noise": _inside_noise(differences, *summary["interval"])}
+    differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
+    summary = summarize(differences.tolist(), seed)
+    return {**summary, **_told(differences, summary["interval"], seed)}
 
 
-def _inside_noise(differences: Sequence[float] | np.ndarray, low: float, high: float) -> bool:
-    """Whether a mean difference cannot be told from none: its interval holds zero, or too few objects differ.
+def _told(differences: np.ndarray, interval: Sequence[float], seed: int) -> dict[str, Any]:
+    """Whether a mean difference can be told from none.
 
-    A bootstrap interval is too short where few objects differ, and a point where all differ alike.
+    A bootstrap interval alone is too short where few objects differ, and a point where all differ alike.
     """
-    return low <= 0 <= high or int(np.count_nonzero(differences)) < FEW_DIFFERENCES
+    low, high = interval
+    p_value = sign_flip_test(differences, seed)
+    return {"p_value": p_value, "inside_noise": low <= 0 <= high or p_value > 1 - CONFIDENCE}
+
+
+def sign_flip_test(differences: Values, seed: int = 0) -> float:
+    """Two-sided p-value of a mean difference, if each object's were as likely to point the other way.
+
+    Args:
+        differences: one number per object.
+        seed: of the flips, where there are more than 10,000.
+
+    Returns:
+        The probability of a mean at least as far from zero: McNemar's where all that differ do so by the same amount; else
+        counted over all flips of up to 13 differing objects, and over 10,000 flips of more; 1 when none differ.
+
+    Source: Fisher 1935, "The design of experiments", section 21, by scipy.stats.
+    """
+    changes = np.asarray(differences, dtype=float)
+    changes = changes[changes != 0]
+    if not len(changes) or np.ptp(np.abs(changes)) == 0:
+        return mcnemar_exact(int((changes < 0).sum()), int((changes > 0).sum()))
+    from scipy import stats
+
+    return float(
+        stats.permutation_test(
+            (changes,),
+            np.mean,
+            permutation_type="samples",
+            n_resamples=RESAMPLES,
+            batch=RESAMPLES_AT_ONCE,
+            rng=np.random.default_rng(seed),
+        ).pvalue
+    )
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
@@ -174,9 +205,9 @@ def pooled_difference(
         seed: of the resampling (10,000 times).
 
     Returns:
-        `mean`, `n` objects, `seeds` a side, `paired_seeds`, `interval`, `inside_noise`; with paired seeds `by_seed`, the
-        difference of each pair, and `seed_deviation`, their standard deviation; `few_seeds` when the interval says little
-        about how much training varies.
+        `mean`, `n` objects, `seeds` a side, `paired_seeds`, `interval`; `p_value` of `sign_flip_test` over the objects' means,
+        and `inside_noise`, as `paired_difference`; with paired seeds `by_seed`, the difference of each pair, and
+        `seed_deviation`, their standard deviation; `few_seeds` when the interval says little about how much training varies.
 
     Raises:
         DataError: without values, or when two rows do not have the same number of objects.
@@ -199,7 +230,7 @@ def pooled_difference(
         "seeds": [len(before), len(after)],
         "paired_seeds": paired,
         "interval": [low, high],
-        "inside_noise": _inside_noise(after.mean(axis=0) - before.mean(axis=0), low, high),
+        **_told(after.mean(axis=0) - before.mean(axis=0), (low, high), seed),
         "few_seeds": min(len(before), len(after)) < FEW_SEEDS,
     }
     if paired:
