@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pointalign.data.files import load_point_cloud
+from pointalign.data.files import PointCloud, load_point_cloud
 from pointalign.data.household_split import household_sides
 from pointalign.data.modelnet import CLASS_NAMES
 from pointalign.errors import ConfigError, DataError
 from pointalign.evaluation.opening import BENCHMARKS, Sources, open_benchmark
 from pointalign.evaluation.own_data import FolderClouds, read_classes, read_truth
+from pointalign.options import Reading
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -27,7 +28,7 @@ def test_household_is_asked_about_the_held_out_objects() -> None:
     item = classified.items[0]
     assert classified.task.labels[item.ground_truth] == item.label_name == "chair"
     assert captioned.items[0].ground_truth.startswith("This is a chair: an armchair.")
-    assert classified.cloud(item.object_id).shape == (2048, 7)
+    assert classified.points(item.object_id).shape == (2048, 7)
     assert (classified.judge, captioned.judge) == ("likelihood", None)
 
 
@@ -41,7 +42,7 @@ def test_modelnet40_is_black_and_asked_two_questions(field_data: Path) -> None:
         (19, "lamp"),
     ]
     assert benchmark.task.labels == CLASS_NAMES
-    assert not benchmark.cloud("0")[:, 3:].any()
+    assert not benchmark.points("0")[:, 3:].any()
     assert benchmark.max_new_tokens == 100
 
 
@@ -84,9 +85,9 @@ def test_own_clouds_are_found_with_and_without_their_number_of_points(own: Path)
     np.save(own / "clouds" / "vase_2.npy", np.ones((9, 3)))
     (own / "truth.csv").write_text("object_id,label\nplain,chair\no3,lamp\nvase_2,table\n")
     benchmark = open_benchmark("own-classification", Sources(clouds=own / "clouds", truth=own / "truth.csv"))
-    assert benchmark.cloud("plain").shape == (9, 3)
-    assert benchmark.cloud("o3").shape == (60, 6)
-    assert benchmark.cloud("vase_2").all()
+    assert benchmark.points("plain").shape == (9, 3)
+    assert benchmark.points("o3").shape == (60, 6)
+    assert benchmark.points("vase_2").all()
 
 
 def test_sizes_that_files_tell_are_told(own: Path) -> None:
@@ -94,9 +95,31 @@ def test_sizes_that_files_tell_are_told(own: Path) -> None:
     shutil.copy(EXAMPLES / "oak_table.ply", own / "clouds")
     clouds = FolderClouds(own / "clouds")
     chair, told = clouds["chair"], load_point_cloud(EXAMPLES / "chair.glb")
-    assert (told.unit, set(chair[:, 6].tolist())) == (1.0, {1.0})  # glTF is in metres
-    np.testing.assert_array_equal(chair[:, :6], told.array())
-    assert clouds["oak_table"].shape[1] == 6
+    assert isinstance(chair, PointCloud)
+    assert chair.unit == told.unit == 1.0  # glTF is in metres
+    np.testing.assert_array_equal(chair.array(), told.array())
+    table = clouds["oak_table"]
+    assert isinstance(table, PointCloud)
+    assert table.unit is None
+
+
+def test_own_files_are_read_as_they_are_said_to_be(own: Path) -> None:
+    """Lying on its back and in millimetres: read standing, and as large as it is, with colours or without."""
+    lying = np.random.default_rng(0).random((64, 3)).astype(np.float32) * [100, 200, 300]
+    np.save(own / "clouds" / "lying.npy", lying)
+    Path(own / "clouds" / "text.xyz").write_text("\n".join(f"{x} {y} {z}" for x, y, z in lying) + "\n")
+    plain, said = (FolderClouds(own / "clouds", how) for how in (Reading(), Reading(up="z", unit=0.001)))
+    np.testing.assert_array_equal(plain["lying"], lying)
+    assert plain.fingerprint != said.fingerprint
+    for name in ("lying", "text"):
+        cloud = said[name]
+        assert isinstance(cloud, PointCloud)
+        assert (cloud.colors, cloud.unit) == (None, 0.001)
+        np.testing.assert_allclose(np.ptp(cloud.points, axis=0), np.ptp(lying, axis=0)[[0, 2, 1]], rtol=1e-4)
+    given = Sources(clouds=own / "clouds", truth=own / "truth.csv", reading=Reading(up="z"))
+    benchmark = open_benchmark("own-captioning", given)
+    assert isinstance(benchmark.clouds, FolderClouds)
+    assert benchmark.clouds.reading.up == "z"
 
 
 def test_numbered_objects_are_not_one_object_of_a_shorter_name(own: Path) -> None:
@@ -116,7 +139,7 @@ def test_own_clouds_may_be_any_3d_files(own: Path) -> None:
     (own / "clouds" / "cube.ply").write_text("\n".join(header) + "\n" + corners + "\n")
     (own / "truth.csv").write_text("object_id,label\ncube,chair\no3,lamp\n")
     sources = Sources(clouds=own / "clouds", truth=own / "truth.csv")
-    cube = open_benchmark("own-classification", sources).cloud("cube")
+    cube = open_benchmark("own-classification", sources).points("cube")
     assert sorted(map(tuple, cube.tolist())) == sorted(
         (float(x), float(y), float(z), float(x), 0.0, 0.0) for x in (0, 1) for y in (0, 1) for z in (0, 1)
     )
@@ -275,7 +298,7 @@ def test_a_broken_own_cloud_is_named(own: Path) -> None:
     (own / "clouds" / "o2_8192.npy").write_bytes(b"\x93NUMPY")
     benchmark = open_benchmark("own-captioning", Sources(clouds=own / "clouds", truth=own / "truth.csv"))
     with pytest.raises(DataError, match=r"o2_8192\.npy is broken .*; copy it again"):
-        benchmark.cloud("o2")
+        benchmark.points("o2")
 
 
 def test_other_mistakes(own: Path) -> None:

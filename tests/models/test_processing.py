@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pointalign.data.files import PointCloud
 from pointalign.errors import CheckpointError, ConfigError, DataError
 from pointalign.models.chat_text import choose_point_token
 from pointalign.models.processing import PointAlignProcessor, load_processor
@@ -316,6 +317,18 @@ def test_without_a_unit_the_radius_is_unknown_and_without_sizes_the_unit_is_drop
         assert not sized.prepare_points(cloud)[:, 6].any()
     known = np.concatenate([np.asarray(clouds[0]), np.full((len(clouds[0]), 1), 0.01)], axis=1)
     assert torch.equal(processor.prepare_points(known), processor.prepare_points(clouds[0]))
+
+
+def test_a_cloud_that_was_read_from_a_file_is_taken_as_it_is(tokenizer, processor, clouds):
+    points = clouds[0].numpy()
+    read = PointCloud(points[:, :3], None, "a.stl", unit=0.01)
+    batch = sized_processor(tokenizer)("<point>What?", points=read)
+    assert (batch["point_clouds"][0, :, 6] > 0).all(), "the size of a cloud without colour"
+    assert torch.equal(
+        processor("<point>What?", points=[read])["point_clouds"][0], processor.prepare_points(points[:, :3])
+    )
+    with pytest.raises(DataError, match=r"^a\.stl: the cloud has 2 points"):
+        processor.prepare_points(PointCloud(points[:2, :3], None, "a.stl"))
 
 
 @pytest.mark.parametrize("unit", [[-0.01], [0.01, 0.02], [np.nan]])

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pointalign.answering.generation import Generated, chance, check_room, generate_from, memory_told
 from pointalign.answering.streaming import Stream
-from pointalign.data.files import PointCloud
 from pointalign.data.household_phrases import CATEGORY_QUESTIONS
 from pointalign.errors import DataError
 from pointalign.evaluation.benchmarks import CAPTION, INSTRUCTION
@@ -45,7 +44,7 @@ class Answerer:
         """One cloud as the model reads it.
 
         Args:
-            cloud: a `PointCloud`, or an array or tensor (N, 3) xyz or (N, 6) xyz and rgb in [0, 1].
+            cloud: as `PointAlignProcessor.clean_points` takes it.
 
         Returns:
             (num_points, 6) float32.
@@ -53,12 +52,7 @@ class Answerer:
         Raises:
             DataError: when the cloud is of another shape or kind, too small or not finite.
         """
-        if not isinstance(cloud, PointCloud):
-            return self.processor.prepare_points(cloud)
-        try:
-            return self.processor.prepare_points(cloud.sized_array(self.processor.missing_color))
-        except DataError as error:
-            raise DataError(f"{cloud.source}: {error}") from error
+        return self.processor.prepare_points(cloud)
 
     def inputs(
         self, conversations: Sequence[Sequence[Mapping[str, Any]]], clouds: Sequence[Tensor]

@@ -32,7 +32,7 @@ KEPT_ENCODED = 10_000
 
 
 class PointCloudSource(Protocol):
-    """Where clouds come from: a mapping from object ids to arrays, with a fingerprint of its content."""
+    """Where clouds come from: a mapping from object ids to clouds, with a fingerprint of its content."""
 
     @property
     def fingerprint(self) -> str:
@@ -42,7 +42,7 @@ class PointCloudSource(Protocol):
     def __contains__(self, object_id: object) -> bool: ...
 
     def __getitem__(self, object_id: str) -> Any:
-        """(N, 3) or (N, 6) points of one object."""
+        """One object's cloud, as `PointAlignProcessor.clean_points` takes it."""
         ...
 
 

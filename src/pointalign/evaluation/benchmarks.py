@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pointalign.data.conversations import PointCloudSource
+from pointalign.data.files import PointCloud
 from pointalign.errors import DataError
 from pointalign.evaluation.judging.label_sets import plain_name
 from pointalign.evaluation.records import Task
@@ -71,13 +74,14 @@ class Benchmark:
     embedders: tuple[str, ...] = ()
     fingerprint: str = ""
 
-    def cloud(self, object_id: str) -> Any:
-        """(N, 3) or (N, 6) points of one object.
+    def points(self, object_id: str) -> np.ndarray:
+        """(N, 3), (N, 6) or (N, 7) points of one object, as `PointAlignProcessor.clean_points` takes them.
 
         Raises:
             DataError: when it is missing or broken.
         """
-        return self.clouds[object_id]
+        cloud = self.clouds[object_id]
+        return cloud.array() if isinstance(cloud, PointCloud) else np.asarray(cloud)
 
 
 def closed_set_items(labels: Sequence[tuple[str, str]], classes: Sequence[str], where: str) -> tuple[Item, ...]:

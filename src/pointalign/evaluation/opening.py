@@ -32,6 +32,7 @@ from pointalign.evaluation.own_data import FolderClouds, read_classes, read_trut
 from pointalign.evaluation.records import Task
 from pointalign.evaluation.simcse import SIMCSE
 from pointalign.evaluation.text_metrics import SENTENCE_BERT
+from pointalign.options import AS_THE_FILE_SAYS, Reading
 from pointalign.sentence_embedding import MINILM
 
 BENCHMARKS = (
@@ -64,6 +65,7 @@ class Sources:
         truth: the CSV or JSON file of its labels or captions.
         classes: text file with the closed set of its labels, one per line; the labels that occur when None.
         held_out: which of household's objects are asked about, see `household_sides`.
+        reading: how the 3D files of a user's own folder become clouds.
     """
 
     data: Path = Path("data")
@@ -72,6 +74,7 @@ class Sources:
     truth: Path | None = None
     classes: Path | None = None
     held_out: str = "test"
+    reading: Reading = AS_THE_FILE_SAYS
 
 
 def open_benchmark(name: str, sources: Sources = Sources(), limit: int | None = None) -> Benchmark:
@@ -240,7 +243,7 @@ def _objaverse_captioning(sources: Sources) -> Benchmark:
 def _own(sources: Sources) -> tuple[FolderClouds, Path]:
     if sources.clouds is None or sources.truth is None:
         raise ConfigError("your own data need --clouds FOLDER and --truth FILE; name both")
-    return FolderClouds(sources.clouds), sources.truth
+    return FolderClouds(sources.clouds, sources.reading), sources.truth
 
 
 def _own_classification(sources: Sources) -> Benchmark:

@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 
 from pointalign.data.files import load_point_cloud
+from pointalign.data.files.cloud import PointCloud
 from pointalign.data.files.source import FORMATS
 from pointalign.errors import DataError
+from pointalign.options import AS_THE_FILE_SAYS, Reading
 
 NUMPY = ".npy"
 LAYOUT = "object_id and label, caption or both"
+# Of a 3D file, as many as the field's clouds hold; the processor takes what its model reads.
+READ_POINTS = 8192
 
 
 class FolderClouds:
@@ -27,13 +31,14 @@ class FolderClouds:
 
     Args:
         folder: where the files lie.
+        reading: how they become clouds; `.npy` files are taken as they are where nothing is said.
 
     Raises:
         DataError: when the folder does not exist or holds no such file, or an object has two.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, reading: Reading = AS_THE_FILE_SAYS) -> None:
+        self.folder, self.reading = Path(folder), reading
         if not self.folder.is_dir():
             raise DataError(f"no folder {self.folder}; give one that holds {{object_id}}.npy or other 3D files")
         shown = (path for path in sorted(self.folder.iterdir()) if not path.name.startswith("."))
@@ -51,15 +56,17 @@ class FolderClouds:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the files' names, sizes and times."""
+        """Hash of the files' names, sizes and times, and of how they are read."""
         states = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in self.files.values()]
+        if self.reading != AS_THE_FILE_SAYS:
+            states.append(repr(self.reading))
         return hashlib.sha256("\n".join(states).encode()).hexdigest()
 
     def __contains__(self, object_id: object) -> bool:
         return object_id in self.files
 
-    def __getitem__(self, object_id: str) -> np.ndarray:
-        """The object's points.
+    def __getitem__(self, object_id: str) -> np.ndarray | PointCloud:
+        """The object's points, with their unit where the file tells it.
 
         Raises:
             DataError: when the file is missing or broken.
@@ -67,9 +74,8 @@ class FolderClouds:
         if object_id not in self.files:
             raise DataError(f"{self.folder} has no cloud of object {object_id}; complete the folder")
         path = self.files[object_id]
-        if path.suffix.lower() != NUMPY:
-            cloud = load_point_cloud(path)
-            return cloud.array() if cloud.unit is None or cloud.colors is None else cloud.sized_array()
+        if path.suffix.lower() != NUMPY or self.reading != AS_THE_FILE_SAYS:
+            return load_point_cloud(path, **self.reading.options(READ_POINTS))
         try:
             return np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:

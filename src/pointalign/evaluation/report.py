@@ -169,7 +169,7 @@ def _panel(row: Mapping[str, Any], benchmark: Benchmark) -> Panel:
         name, value = next(iter(row["metrics"].items()))
         lines.append(f"{name}: {value:.0f}")
     title = row.get("label") or row["object_id"]
-    return Panel(benchmark.cloud(row["object_id"]), title, tuple(lines), row.get("right"))
+    return Panel(benchmark.points(row["object_id"]), title, tuple(lines), row.get("right"))
 
 
 def _sheet_rule(result: Mapping[str, Any]) -> str:

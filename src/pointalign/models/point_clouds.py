@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,6 +12,17 @@ from torch import Tensor
 
 from pointalign.errors import DataError
 from pointalign.geometry import cloud_radius, farthest_point_sample, normalize_point_cloud
+
+
+@runtime_checkable
+class ReadCloud(Protocol):
+    """A cloud that was read from a file, `pointalign.PointCloud`: it knows whether it has colours, and its unit."""
+
+    source: str
+
+    def sized_array(self, missing_color: Sequence[float] | None = None) -> np.ndarray:
+        """(N, 7): xyz, rgb and unit."""
+        ...
 
 
 def sample_cloud(cloud: Tensor, num_points: int) -> Tensor:
@@ -36,7 +47,7 @@ def clean_cloud(points: Any, min_points: int, missing_color: Sequence[float], me
     """All points of one cloud, checked and with colours; see `PointAlignProcessor.clean_points`.
 
     Args:
-        points: (N, 3), (N, 6) or (N, 7).
+        points: (N, 3), (N, 6) or (N, 7), or a `ReadCloud`, whose file is named in errors.
         min_points: fewest points that the cloud may have.
         missing_color: rgb in [0, 1] for a cloud without colour.
         metric_size: whether the unit is kept as a seventh column.
@@ -44,6 +55,11 @@ def clean_cloud(points: Any, min_points: int, missing_color: Sequence[float], me
     Raises:
         DataError: when it is no such cloud.
     """
+    if isinstance(points, ReadCloud):
+        try:
+            return clean_cloud(points.sized_array(missing_color), min_points, missing_color, metric_size)
+        except DataError as error:
+            raise DataError(f"{points.source}: {error}") from error
     cloud = points if isinstance(points, Tensor) else torch.from_numpy(_as_array(points))
     if cloud.ndim != 2 or cloud.shape[1] not in (3, 6, 7):
         raise DataError(

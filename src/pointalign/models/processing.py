@@ -13,7 +13,7 @@ from transformers import BatchFeature, ProcessorMixin
 from pointalign.errors import CheckpointError, ConfigError, DataError
 from pointalign.models.chat_text import DEFAULT_CHAT_TEMPLATE, Message, Segment, cut_at_answers
 from pointalign.models.checkpoint import BUNDLED_MODELS, find_checkpoint, shared_folder
-from pointalign.models.point_clouds import clean_cloud, sample_cloud
+from pointalign.models.point_clouds import ReadCloud, clean_cloud, sample_cloud
 
 
 class PointAlignProcessor(ProcessorMixin):
@@ -116,7 +116,8 @@ class PointAlignProcessor(ProcessorMixin):
 
         Args:
             points: (N, 3) xyz, (N, 6) xyz and rgb, or (N, 7) with the unit of xyz in metres in every row, 0 where it is not
-                known (0.01 for a cloud in centimetres); numpy array or tensor, N >= `min_points`.
+                known (0.01 for a cloud in centimetres); numpy array or tensor, N >= `min_points`. Or a `PointCloud` of
+                `load_point_cloud`.
 
         Returns:
             (N, 6) float32, rgb in [0, 1]. With `metric_size` (N, 7), the last column the unit.
@@ -281,7 +282,7 @@ class PointAlignProcessor(ProcessorMixin):
     def _clouds(self, points: Any) -> list[Tensor]:
         if points is None:
             return []
-        if getattr(points, "ndim", None) == 2:
+        if getattr(points, "ndim", None) == 2 or isinstance(points, ReadCloud):
             points = [points]
         return [self.prepare_points(cloud) for cloud in points]
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pointalign.judge_settings import JudgeName, JudgeSettings
+from pointalign.options import AS_THE_FILE_SAYS, Reading
 
 BenchmarkName = Literal[
     "household-classification",
@@ -64,6 +65,7 @@ class Evaluate:
     as_released: bool = False
     """The released code's evaluation prompt and sampling (imported MiniGPT-3D and PointAlign models only)."""
     settings: Annotated[JudgeSettings, tyro.conf.arg(name="")] = field(default_factory=JudgeSettings)
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = AS_THE_FILE_SAYS
 
     def run(self) -> dict[str, Any]:
         from pointalign.evaluation.asking import EvaluationSettings
@@ -75,7 +77,9 @@ class Evaluate:
             benchmarks=tuple(self.benchmark),
             judge=self.judge,
             judge_options=vars(self.settings),
-            sources=Sources(self.data, self.val_objects, self.clouds, self.truth, self.classes, self.held_out),
+            sources=Sources(
+                self.data, self.val_objects, self.clouds, self.truth, self.classes, self.held_out, self.reading
+            ),
             limit=self.limit,
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,
