@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from torch import Tensor
 from pointalign.bundle import bundle, compact
 from pointalign.cli import main
 from pointalign.config import load_recipe, to_yaml
+from pointalign.data.household_split import household_sides
 from pointalign.errors import CheckpointError
 from pointalign.evaluation.provenance import model_fingerprint
-from pointalign.model_card import stages
+from pointalign.model_card import model_card, stages
 from pointalign.models import checkpoint
 from pointalign.models.checkpoint import find_checkpoint, local_checkpoint, resolve_model
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
@@ -241,6 +243,33 @@ def test_the_card_tells_what_was_measured_and_whose_data_it_was(
     ):
         assert owner in card
     assert str(tmp_path) not in card.replace(str(runs), "")
+    assert "* **household**: 720 objects" in card
+    assert "Its other 100 objects were held out." in card
+
+
+def test_the_card_of_other_data_and_targets(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "tuned", tmp_path / "run")
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml")
+    recipe.model.start_from = None
+
+    def card() -> str:
+        (tmp_path / "run" / "recipe.yaml").write_text(to_yaml(recipe))
+        return model_card("mine", RunFolder(tmp_path / "run"), [])
+
+    recipe.data.held_out, recipe.alignment.target = "fold-0", "point_encoder"
+    of_fold = len(household_sides("fold-0")[1])
+    assert f"* **household**: {820 - of_fold} objects" in card()
+    assert f"The {of_fold} of fold-0 were held out." in card()
+    assert "holds the point tokens after block 14 to the point encoder's features." in card()
+    assert "base_model" not in card(), "the language model is a folder of this machine"
+    recipe.data.source, recipe.data.instructions = "mugs/clouds", ["mugs/talks.json"]
+    recipe.data.extra, recipe.alignment.positions = None, "released"
+    assert "holds what the released code takes for the point tokens after block 14" in card()
+    assert "* **mugs/clouds**, with the conversations of mugs/talks.json: where these come from" in card()
+    assert "knows the kinds of things that it was trained on." in card()
+    assert not re.search("household\\*|Debian|30 kinds|written by rules", card())
+    recipe.alignment.weight = 0.0
+    assert "alignment" not in card()
 
 
 def test_a_start_that_is_no_folder_leads_to_no_earlier_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import yaml
 
 import pointalign
 import pointalign.errors
-from pointalign.cli import main
+from pointalign.cli import _parse, main
 from pointalign.config import load_recipe, recipe_names
 
 ENTRY = {
@@ -288,6 +288,20 @@ def test_options_may_stand_before_the_recipe(tmp_path: Path, capsys: pytest.Capt
     assert status == 1
     assert f"recipe household-align starts from {missing}" in last_line(err)
     assert "found no recipe 'nothing'" in last_line(run(capsys, "train", "--resume", "nothing")[2])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--data.sets.1.odds", "7", "pointalign"),
+        ("--out", "pointalign-baseline", "--data.sets.1.odds", "7", "pointalign"),
+    ],
+    ids=["of a later set", "after a value that is a recipe's name"],
+)
+def test_options_of_a_recipes_own_lists_may_stand_before_it(given: tuple[str, ...]) -> None:
+    verb = _parse(["train", *given])
+    assert (verb.recipe, verb.settings.name) == ("pointalign", "pointalign")
+    assert [one.odds for one in verb.settings.data.sets][1] == 7
 
 
 def test_output_may_be_closed() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from pointalign.errors import ConfigError
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import PointAlignProcessor
 from pointalign.run_folder import RunFolder
+from pointalign.run_loop import RunCallback, RunStopped
 from pointalign.runs import train
 
 STEPS = 4
@@ -83,15 +86,18 @@ def split(values: dict[str, Any], one: Path) -> Path:
     return train_with(2, from_dict(Recipe, {**values, "fsdp": True}, "test"), one.with_name("split"))
 
 
-def train_with(world: int, recipe: Recipe, out: Path) -> Path:
-    """As `torchrun --nproc-per-node WORLD -m pointalign train RECIPE --out OUT --resume`, in copies of this process."""
+def train_with(world: int, recipe: Recipe, out: Path, stop: tuple[int, int] | None = None) -> Path:
+    """As `torchrun --nproc-per-node WORLD -m pointalign train RECIPE --out OUT --resume`, in copies of this process.
+
+    With a `stop`, (rank, step), that process alone gets a SIGTERM in that step.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
     errors = context.SimpleQueue()
     started = [
-        context.Process(target=one_of, args=(rank, world, port, errors, recipe, out), daemon=True)
+        context.Process(target=one_of, args=(rank, world, port, errors, recipe, out, stop), daemon=True)
         for rank in range(world)
     ]
     for process in started:
@@ -103,13 +109,25 @@ def train_with(world: int, recipe: Recipe, out: Path) -> Path:
     return out
 
 
-def one_of(rank: int, world: int, port: int, errors: Any, recipe: Recipe, out: Path) -> None:
+def one_of(
+    rank: int, world: int, port: int, errors: Any, recipe: Recipe, out: Path, stop: tuple[int, int] | None
+) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     gathered, whole = [], recipe_trainer.whole
     recipe_trainer.whole = lambda state: gathered.append(state) or whole(state)
+    if stop is not None and rank == stop[0]:
+
+        def signalled(self: RunCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == stop[1] - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        RunCallback.on_step_begin = signalled
     try:
-        train(recipe, out, resume=True)
+        with (
+            nullcontext() if stop is None else pytest.raises(RunStopped, match=f"stopped at step {stop[1]} of {STEPS}")
+        ):
+            train(recipe, out, resume=True)
         # Without this, a run that quietly was no FSDP run would pass for one.
         were_split = [isinstance(tensor, DTensor) for tensor in gathered[0].values()]
         assert all(were_split) if recipe.fsdp else not any(were_split)
@@ -187,6 +205,18 @@ def test_a_run_goes_on_with_another_number_of_processes(
     else:
         train_with(world, recipe, copy)
     assert_same_run(one, copy)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(values: dict[str, Any], one: Path, rank: int) -> None:
+    stopped = one.with_name(f"stopped-{rank}")
+    recipe = from_dict(Recipe, values, "test")
+    train_with(2, recipe, stopped, stop=(rank, 3))
+    last = RunFolder(stopped).last_checkpoint()
+    assert last is not None
+    assert last.name == "checkpoint-3"
+    train(recipe, stopped, resume=True)
+    assert_same_run(one, stopped)
 
 
 def test_fsdp_with_frozen_bf16_matrices(values: dict[str, Any], one: Path) -> None:

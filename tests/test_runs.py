@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pointalign.config import ModelSettings, Recipe, from_dict, load_recipe
-from pointalign.errors import ConfigError, DataError
+from pointalign.errors import ConfigError, DataError, PointAlignError
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
 from pointalign.run_folder import RunFolder
@@ -137,7 +138,7 @@ def test_a_run_leaves_everything_behind(unbroken: Path, start: Path) -> None:
     assert environment["versions"]["torch"] == torch.__version__
     assert load_recipe(unbroken / "recipe.yaml") == tiny_recipe(start)
     lines = RunFolder(unbroken).metrics()
-    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 8], "every second one, and every one that is saved"
     for line in lines:
         assert line["loss"] == pytest.approx(line["lm_loss"] + 0.5 * line["alignment_loss"], rel=1e-4)
         assert 0 < line["alignment_loss"] < 2
@@ -179,7 +180,8 @@ def test_killed_and_resumed_equals_unbroken(
     assert resumed.returncode == 0, errors
     assert json.loads(output.splitlines()[-1])["steps"] == STEPS
     assert_same(final_weights(unbroken), final_weights(run))
-    assert [line["step"] for line in RunFolder(run).metrics()] == [2, 4, 6, 8]
+    for line, other in zip(RunFolder(unbroken).metrics(), RunFolder(run).metrics(), strict=True):
+        assert (other["step"], other["loss"]) == (line["step"], line["loss"])
 
 
 def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on_from_it(
@@ -216,6 +218,54 @@ def test_a_signal_to_all_processes_of_a_run_stops_it_with_a_checkpoint(
     assert process.returncode == 130, errors
     assert "add --resume to go on" in errors.splitlines()[-1]
     assert RunFolder(tmp_path / "run").last_checkpoint() is not None
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["features", "clouds"])
+def test_conversations_without_a_cloud_train_and_are_not_aligned(
+    start: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    monkeypatch.setenv("POINTALIGN_CACHE", str(cache))
+    np.save(tmp_path / "a_60.npy", np.random.default_rng(0).random((60, 6), dtype=np.float32))
+    talks = [
+        {"object_id": "a", "conversation_type": kind, "conversations": [{"from": "human", "value": f"{mark}What?"}]}
+        for mark, kind in (("<point>\n", "single_round"), ("", "detailed_description"))
+    ]
+    for talk in talks:
+        talk["conversations"].append({"from": "gpt", "value": "A red mug."})
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    sets = [{"types": [str(talk["conversation_type"])], "odds": 1, "batch_size": 1} for talk in talks]
+    data = {"source": str(tmp_path), "instructions": [str(tmp_path / "talks.json")], "sets": sets}
+    train(tiny_recipe(start, data=data, logging_steps=1, cache_features=cached), tmp_path / "run")
+    aligned = [line["alignment_loss"] for line in RunFolder(tmp_path / "run").metrics()]
+    assert len(aligned) == STEPS
+    assert 0 < aligned.count(0.0) < STEPS, "odds of 1 to 1"
+    assert all(0 <= loss < 2 for loss in aligned)
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(
+    start: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POINTALIGN_CACHE", str(cache))
+    with RunFolder(tmp_path / "run").claimed():
+        recipe = write_recipe(tiny_recipe(start), tmp_path / "recipe.yaml")
+        second = start_command(["train", str(recipe), "--out", str(tmp_path / "run")], cache)
+        _, errors = second.communicate(timeout=120)
+        assert second.returncode == 1
+        assert errors.splitlines()[-1].endswith("metrics.jsonl; wait for it, or name another --out")
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("save_steps", [3, 100], ids=["in a checkpoint", "in the model"])
+def test_weights_that_are_no_numbers_are_not_saved(
+    start: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int
+) -> None:
+    monkeypatch.setenv("POINTALIGN_CACHE", str(cache))
+    recipe = tiny_recipe(start, save_steps=save_steps, logging_steps=100)
+    recipe.optimizer = replace(recipe.optimizer, learning_rate=1e30, warmup_steps=0)
+    step = min(save_steps, STEPS)
+    with pytest.raises(PointAlignError, match=f"the loss is not finite at step {step}; lower optimizer.learning_rate"):
+        train(recipe, tmp_path / "run")
+    assert not [*tmp_path.rglob("*.safetensors")]
 
 
 def test_a_checkpoint_cut_short_is_passed_over(unbroken: Path, tmp_path: Path) -> None:

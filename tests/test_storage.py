@@ -1,6 +1,8 @@
 """Files that are written whole or not at all, and where the cache lies."""
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +53,35 @@ def test_a_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
     with pytest.raises(CheckpointError, match="cannot write"):
         fail_within(written_folder(target), lambda path: (path / "weights").write_text("half"))
     assert (target / "weights").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_is_written_where_its_link_leads(tmp_path):
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "large_disk" / "model")
+    for content in ("first", "second"):
+        with written_folder(tmp_path / "model") as temporary:
+            (temporary / "weights").write_text(content)
+        assert (tmp_path / "model").is_symlink()
+        assert (tmp_path / "large_disk" / "model" / "weights").read_text() == content
+    assert [path.name for path in (tmp_path / "large_disk").iterdir()] == ["model"]
+
+
+def test_a_folder_whose_place_cannot_be_taken_stays(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "weights").write_text("old")
+    rename = Path.rename
+
+    def fail_once(path, other):
+        if other == target and not path.name.endswith("-old"):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(path, other)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(CheckpointError, match="cannot write"), written_folder(target) as temporary:
+        (temporary / "weights").write_text("new")
+    assert (target / "weights").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
 

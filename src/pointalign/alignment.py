@@ -217,7 +217,7 @@ class AlignmentRegularizer(nn.Module):
         super().__init__()
         if not layers:
             raise ConfigError("alignment.layers is empty; name at least one layer")
-        self.layers = tuple(layers)
+        self.layers, self.target_size = tuple(layers), target_size
         self.weight, self.stop_fraction = weight, stop_fraction
         self.loss: AlignmentLoss = loss
         self.schedule: AlignmentSchedule = schedule

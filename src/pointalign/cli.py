@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from pointalign import __version__
-from pointalign.config import check_seed, load_recipe
+from pointalign.config import check_seed, load_recipe, recipe_names
 from pointalign.errors import PointAlignError
 from pointalign.verbs.answering import Caption, Chat, Classify, Demo, Render
 from pointalign.verbs.data import BuildExtra, BuildHousehold, CheckData, PackData
@@ -74,8 +74,15 @@ def _parse(arguments: list[str]) -> Any:
     if kinds[verb] is not Train or not rest:
         return parse()
     # The recipe's own settings are what its options change, so it has to be known before they are read.
-    named = parse().recipe if rest[0].startswith("-") else rest[0]
-    return parse(default=Train(recipe=named, settings=load_recipe(named)))
+    named = next(filter(_may_be_recipe, rest), None) if rest[0].startswith("-") else rest[0]
+    named = parse().recipe if named is None else named
+    while (verb := parse(default=Train(recipe=named, settings=load_recipe(named)))).recipe != named:
+        named = verb.recipe  # the first that could be one was an option's value
+    return verb
+
+
+def _may_be_recipe(argument: str) -> bool:
+    return argument in recipe_names() or (argument.endswith((".yaml", ".yml")) and os.path.isfile(argument))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,21 +10,22 @@ from typing import Any
 from pointalign.config import Recipe, load_recipe
 from pointalign.data.extra_sources import PACKAGES
 from pointalign.data.household_catalog import COLLECTIONS
+from pointalign.data.household_split import TEST, household_sides
 from pointalign.evaluation.report import cell, percent, points
 from pointalign.evaluation.results import RESULTS_FILE, read_results
 from pointalign.models.checkpoint import resolve_model
 from pointalign.models.language_model import EMBEDDED
+from pointalign.models.pointalign import PointAlignConfig
 from pointalign.run_folder import RunFolder
 
-LIMITS = """\
-* It knows the 30 kinds of things of the bundled data set, and of them the common ones best. Of anything else it names the
-  nearest thing it knows, with the same confidence: it never says that it does not know.
-* It sees {num_points:,} points. Writing, faces, screens and small parts are not there for it.
-* It judges one object that stands upright (y up). Rooms, scenes, several objects and things lying on their sides are foreign.
-* Colours are named roughly and from the object's own paint, without light or material. Counts and proportions are guesses.
-* It is told how large an object is only where the file says so (`--unit`, glTF's metres); without that it speaks of no size.
-* Its language model has 135 million weights: English only, little knowledge of the world, and answers that can contradict
-  each other within a conversation. Do not rely on it for anything that matters."""
+# What an alignment loss holds point tokens to, by `alignment.target`.
+TARGETS = {
+    "qformer": "the Q-Former's output",
+    "point_encoder": "the point encoder's features",
+    "projector": "the tokens that enter the language model",
+}
+
+HOUSEHOLD = "household"
 
 USE = """\
 ```python
@@ -62,15 +63,18 @@ def model_card(name: str, run: RunFolder, evaluations: Sequence[Path]) -> str:
         DataError: when a result cannot be read.
     """
     recipes = stages(run)
-    config = json.loads((run.model / "config.json").read_text(encoding="utf-8"))
-    num_points = json.loads((run.model / "processor_config.json").read_text(encoding="utf-8"))["num_points"]
-    language_model = config["language_model"]
-    base = EMBEDDED[language_model].hub_id if language_model in EMBEDDED else language_model
+    config: Any = PointAlignConfig.from_pretrained(run.model)
+    processor = json.loads((run.model / "processor_config.json").read_text(encoding="utf-8"))
+    embedded = EMBEDDED.get(config.language_model)
+    base = embedded.hub_id if embedded else config.language_model or "its language model"
+    household = any(recipe.data.source == HOUSEHOLD for recipe in recipes)
+    ours = bool(embedded) and all(recipe.data.source == HOUSEHOLD for recipe in recipes)
+    connector = "a Q-Former connector" if config.connector_config.kind == "qformer" else "a connector"
     front = {
-        "license": "apache-2.0",
+        **({"license": "apache-2.0"} if ours else {}),
         "language": "en",
         "library_name": "pointalign",
-        "base_model": base,
+        **({"base_model": base} if config.language_model and not Path(base).is_dir() else {}),
         "tags": "[3d, point-cloud, vision-language]",
     }
     return "\n".join(
@@ -81,29 +85,61 @@ def model_card(name: str, run: RunFolder, evaluations: Sequence[Path]) -> str:
             "",
             f"# {name}",
             "",
-            f"A small language model that sees: a point encoder and a Q-Former connector turn a coloured point cloud into "
-            f"{config['connector_config']['num_query_tokens']} tokens, which {base} reads through a LoRA. Made by `pointalign "
-            "bundle`; the numbers below are read from its results.",
+            f"A {'small ' if embedded else ''}language model that sees: a point encoder and {connector} turn a coloured point "
+            f"cloud into {config.num_point_tokens} tokens, which {base} reads through a LoRA. Made by `pointalign bundle`; the "
+            "numbers below are read from its results.",
             "",
             USE.format(name=name),
             "",
-            *_files(),
+            *_files(aligned=recipes[-1].alignment.weight > 0),
             *_training(recipes),
             *_measured(name, evaluations),
-            *_data(recipes),
+            *_data(recipes, ours),
             "## What it cannot do",
             "",
-            LIMITS.format(num_points=num_points),
+            *_limits(processor, household, small=bool(embedded)),
             "",
         ]
     )
 
 
-def _files() -> list[str]:
+def _files(aligned: bool) -> list[str]:
+    projector = " `alignment_projector.safetensors` served training alone." if aligned else ""
     return [
         "Matrices are stored in bfloat16, vectors in float32; everything is float32 again when it is loaded. The language",
-        "model is not in the folder: it comes from its own package. `alignment_projector.safetensors` served training alone.",
+        f"model is not in the folder: it comes from its own package.{projector}",
         "",
+    ]
+
+
+def _limits(processor: Mapping[str, Any], household: bool, small: bool) -> list[str]:
+    known = (
+        "the 30 kinds of things of the bundled data set, and of them the common ones best"
+        if household
+        else "the kinds of things that it was trained on"
+    )
+    size = (
+        "It is told how large an object is only where the file says so (`--unit`, glTF's metres); without that it speaks of no "
+        "size."
+        if processor.get("metric_size")
+        else "It is not told how large an object is."
+    )
+    words = (
+        "Its language model has 135 million weights: English only, little knowledge of the world, and answers that can "
+        "contradict each other within a conversation."
+        if small
+        else "Its answers can contradict each other within a conversation."
+    )
+    return [
+        f"* It knows {known}. Of anything else it names the nearest thing it knows, with the same confidence: it never says "
+        "that it does not know.",
+        f"* It sees {processor['num_points']:,} points. Writing, faces, screens and small parts are not there for it.",
+        "* It judges one object that stands upright (y up). Rooms, scenes, several objects and things lying on their sides are "
+        "foreign.",
+        "* Colours are named roughly and from the object's own paint, without light or material. Counts and proportions are "
+        "guesses.",
+        f"* {size}",
+        f"* {words} Do not rely on it for anything that matters.",
     ]
 
 
@@ -121,9 +157,11 @@ def _training(recipes: Sequence[Recipe]) -> list[str]:
             f"{recipe.seed} |"
         )
     last = recipes[-1]
+    released = last.as_released or last.alignment.positions == "released"
+    aligned = "what the released code takes for the point tokens" if released else "the point tokens"
     alignment = (
-        f" In the last one the alignment loss (weight {last.alignment.weight:g}) holds the point tokens after block "
-        f"{', '.join(map(str, last.alignment.layers))} to the Q-Former's output."
+        f" In the last one the alignment loss (weight {last.alignment.weight:g}) holds {aligned} after block "
+        f"{', '.join(map(str, last.alignment.layers))} to {TARGETS[last.alignment.target]}."
         if last.alignment.weight
         else ""
     )
@@ -169,13 +207,34 @@ def _rows(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _data(recipes: Sequence[Recipe]) -> list[str]:
-    collections = "; ".join(f"{one.name}: {one.licence}" for one in COLLECTIONS)
-    lines = [
+def _data(recipes: Sequence[Recipe], ours: bool) -> list[str]:
+    licence = (
+        "Code and weights: Apache-2.0, as the language model's."
+        if ours
+        else "The code's licence is Apache-2.0; the weights' follows from the language model's and the data's."
+    )
+    return [
         "## Whose data it learnt from",
         "",
-        "* **household**: 720 objects of the Debian package sweethome3d-furniture, by the artists that NOTICE names "
-        f"({collections}). Its other 100 objects were held out.",
+        *_household(recipes),
+        *_own(recipes),
+        "",
+        f"{licence} Where a law takes weights for an adaptation of what they learnt from, the licences above go with them.",
+        "",
+    ]
+
+
+def _household(recipes: Sequence[Recipe]) -> list[str]:
+    """The bundled objects, and those that joined them."""
+    parts = sorted({recipe.data.held_out for recipe in recipes if recipe.data.source == HOUSEHOLD})
+    if not parts:
+        return []
+    held = {thing.id for part in parts for thing in household_sides(part)[1]}
+    trained = {thing.id for part in parts for thing in household_sides(part)[0]}
+    collections = "; ".join(f"{one.name}: {one.licence}" for one in COLLECTIONS)
+    lines = [
+        f"* **household**: {len(trained)} objects of the Debian package sweethome3d-furniture, by the artists that NOTICE "
+        f"names ({collections}). {_held_out(parts, len(held - trained))}"
     ]
     if any(recipe.data.extra for recipe in recipes):
         lines += [
@@ -184,8 +243,24 @@ def _data(recipes: Sequence[Recipe]) -> list[str]:
     return [
         *lines,
         "* The conversations were written by rules from names, labels, colours and sizes; no other model wrote them.",
-        "",
-        "Code and weights: Apache-2.0, as the language model's. Where a law takes weights for an adaptation of what they "
-        "learnt from, the licences above go with them.",
-        "",
+    ]
+
+
+def _held_out(parts: Sequence[str], count: int) -> str:
+    if parts == [TEST]:
+        return f"Its other {count} objects were held out."
+    if len(parts) == 1:
+        return f"The {count} of {parts[0]} were held out."
+    return f"Its stages held out other objects ({', '.join(parts)}): {count} were seen by none."
+
+
+def _own(recipes: Sequence[Recipe]) -> list[str]:
+    """Data of whoever trained it."""
+    sources = dict.fromkeys(
+        (recipe.data.source, *recipe.data.instructions) for recipe in recipes if recipe.data.source != HOUSEHOLD
+    )
+    return [
+        f"* **{cell(source)}**, with the conversations of {', '.join(map(cell, files))}: where these come from and under which "
+        "licence is for whoever passes the model on to say here."
+        for source, *files in sources
     ]

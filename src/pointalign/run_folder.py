@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from pointalign.config import Recipe, load_recipe, to_yaml
 from pointalign.errors import ConfigError
-from pointalign.storage import write_text
+from pointalign.storage import taken_lock, write_text
 
 PACKAGES = ("pointalign", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
@@ -31,6 +32,14 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+
+    def claimed(self) -> AbstractContextManager[Any]:
+        """While this lasts, no other process trains in this folder.
+
+        Raises:
+            DataError: when another one does, or the cache, where the lock lies, cannot be written.
+        """
+        return taken_lock(self.metrics_file)
 
     def open(self, recipe: Recipe, resume: bool) -> None:
         """Prepare the folder for a run, or for going on with one.

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from pointalign.config import Recipe
@@ -77,17 +78,33 @@ def training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
 
 
 class RunCallback(TrainerCallback):
-    """Writes metrics, moves the progress bar, and stops at the next step when a signal asks for it."""
+    """Writes metrics, moves the progress bar, and stops at the next step when a signal asks any of the processes for it."""
 
     def __init__(self, folder: RunFolder, advance: Callable[[int], None]) -> None:
         self.folder, self.advance = folder, advance
         self.stop_asked = False
         self.last_losses = "no loss yet"
+        self._group: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            # What the processes tell one another goes from CPU to CPU: no device is waited for.
+            self._group = dist.new_group(backend="gloo")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(1)
-        if self.stop_asked and state.global_step < state.max_steps:
+        if self._all_stop() and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True  # a loss that is not finite ends the run before it is saved
+
+    def _all_stop(self) -> bool:
+        """Whether any process was asked to stop; all find the same, and so stop after the same step."""
+        if self._group is None:
+            return self.stop_asked
+        asked = torch.tensor(int(self.stop_asked))
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+        return bool(asked)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "loss" not in (logs or {}):

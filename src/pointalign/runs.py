@@ -7,6 +7,7 @@ import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -213,21 +214,22 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
     """
     quiet()
     folder = RunFolder(out)
-    finished = (folder.model / "config.json").is_file()
-    if not finished:
-        check_recipe(recipe)
-    if is_first_process():
-        folder.open(recipe, resume)
-    if finished:
-        return _summary(recipe, folder, None, 0.0)
-    start = time.monotonic()
-    set_seed(recipe.seed)
-    counts = _train(recipe, folder)
-    if is_first_process():
-        from pointalign.figures import draw_losses  # matplotlib takes memory that training has use for
+    with folder.claimed() if is_first_process() else nullcontext():
+        finished = (folder.model / "config.json").is_file()
+        if not finished:
+            check_recipe(recipe)
+        if is_first_process():
+            folder.open(recipe, resume)
+        if finished:
+            return _summary(recipe, folder, None, 0.0)
+        start = time.monotonic()
+        set_seed(recipe.seed)
+        counts = _train(recipe, folder)
+        if is_first_process():
+            from pointalign.figures import draw_losses  # matplotlib takes memory that training has use for
 
-        draw_losses(folder.metrics(), folder.path / "losses.png", recipe.name)
-    return _summary(recipe, folder, counts, time.monotonic() - start)
+            draw_losses(folder.metrics(), folder.path / "losses.png", recipe.name)
+        return _summary(recipe, folder, counts, time.monotonic() - start)
 
 
 def quiet() -> None:

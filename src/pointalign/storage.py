@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors import SafetensorError
 
 from pointalign.errors import CheckpointError, DataError
@@ -55,7 +55,7 @@ def written_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     """A temporary folder that takes the target's place when the block ends well, and vanishes when it does not.
 
     Args:
-        target: the folder to write.
+        target: the folder to write; of a link the folder that it leads to.
         replace: whether it takes the place of a folder that is there; else that one, which another process has written
             meanwhile, stays.
 
@@ -63,8 +63,9 @@ def written_folder(target: Path, replace: bool = True) -> Iterator[Path]:
         CheckpointError: when the folder cannot be written; an existing target is then left as it was.
     """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        place = target.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     except OSError as error:
         raise CheckpointError(
             f"cannot write {target}: {error.strerror}; choose a folder that can be written"
@@ -72,7 +73,7 @@ def written_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         _open_to_others(temporary)
-        _move(temporary, target, replace)
+        _move(temporary, place, replace)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {target}: {error}; free some space or choose another folder") from error
     finally:
@@ -83,7 +84,11 @@ def _move(folder: Path, target: Path, replace: bool) -> None:
     if replace and target.exists():
         old = folder.with_name(folder.name + "-old")
         target.rename(old)
-        folder.rename(target)
+        try:
+            folder.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
         shutil.rmtree(old)
         return
     try:
@@ -120,15 +125,14 @@ def lock_of(path: Path) -> FileLock:
     return lock
 
 
-def taken_lock(path: Path) -> FileLock:
-    """The lock on a file that this process writes, taken.
+def taken_lock(path: Path) -> AcquireReturnProxy:
+    """The lock on a file that this process writes, taken; free again where its `with` block ends, or `.lock` is released.
 
     Raises:
         DataError: when another process holds it, or the cache cannot be written.
     """
     lock = lock_of(path)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout as error:
         raise DataError(f"another process is writing {path}; wait for it, or name another --out") from error
-    return lock

@@ -152,7 +152,9 @@ class AlignmentTrainer(RecipeTrainer):
         mask = inputs.pop("alignment_mask")
         if self.regularizer is not None:
             self.regularizer.progress = self.state.global_step / self.settings.max_steps
-            inputs["alignment_mask"], inputs["alignment_target"] = mask, self._target(features)
+            has_clouds = bool(features) or "point_clouds" in inputs
+            target = self._target(features) if has_clouds else torch.empty(0, self.regularizer.target_size)
+            inputs["alignment_mask"], inputs["alignment_target"] = mask, target
         # The deepest features that are there enter the model; those before them were needed for the target alone.
         for name in ("point_tokens", "point_features"):
             if name in features:
@@ -164,7 +166,8 @@ class AlignmentTrainer(RecipeTrainer):
         self.add_to_log(lm_loss=loss)
         if self.regularizer is not None:
             term = self.regularizer.take()
-            alignment = term.total / (term.count if self._num_point_tokens is None else self._num_point_tokens) * world
+            count = max(term.count, 1) if self._num_point_tokens is None else self._num_point_tokens
+            alignment = term.total / count * world
             self.add_to_log(alignment_loss=alignment)
             loss = loss + term.weight * alignment
         return (loss, outputs) if return_outputs else loss

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pointalign.answering.answerer import Answerer
 from pointalign.answering.cluster import OnRay
-from pointalign.answering.inputs import Input, find_inputs
+from pointalign.answering.inputs import STANDARD_INPUT, Input, find_inputs
 from pointalign.answering.lines import Answers, LinesFile, Row, StandardOutput
 from pointalign.answering.loading import fetch_model, load_answerer
 from pointalign.answering.reading import read_clouds, reading_processes
@@ -66,7 +66,8 @@ def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: R
         (`earlier`); the seconds that answering took, without loading the model; and the objects answered per second.
 
     Raises:
-        PointAlignError: when no object is named, the model cannot be loaded, or lines cannot be written.
+        PointAlignError: when no object is named, the model cannot be loaded, lines cannot be written, or an earlier run wrote
+            one about standard input.
     """
     inputs = find_inputs(paths)
     name = resolve_model(choice.model)
@@ -77,6 +78,11 @@ def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: R
         settings = {"model": model_fingerprint(str(folder)), **job.settings, **asdict(reading)}
         lines = LinesFile(Path(many.out), settings, many.retry_errors)
     with closing(lines):
+        if inputs[0].path == STANDARD_INPUT and inputs[0].key in lines.done:
+            raise DataError(
+                f"{many.out} has a line about standard input already, perhaps of another object; name another --out, or "
+                f"append with >> {many.out} in place of --out"
+            )
         left = [thing for thing in inputs if thing.key not in lines.done]
         run = _Run(job, many, lines)
         run.counts.update("errors" if lines.done[i.key] else job.name for i in inputs if i.key in lines.done)

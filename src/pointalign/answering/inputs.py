@@ -10,6 +10,8 @@ from typing import NamedTuple
 from pointalign.data.files.source import FORMATS
 from pointalign.errors import ConfigError
 
+STANDARD_INPUT = "-"
+
 
 class Input(NamedTuple):
     """One object that an answer is wanted for.
@@ -43,7 +45,7 @@ def find_inputs(paths: Sequence[str]) -> list[Input]:
     """
     if not paths:
         raise ConfigError("no object is named; give 3D files, folders or patterns")
-    if "-" in paths and len(paths) > 1:
+    if STANDARD_INPUT in paths and len(paths) > 1:
         raise ConfigError("standard input (-) goes alone; give it or paths")
     found: dict[str, Input] = {}
     for path in paths:
@@ -53,7 +55,7 @@ def find_inputs(paths: Sequence[str]) -> list[Input]:
 
 
 def _expand(path: str) -> Iterator[Input]:
-    if path == "-" or os.path.isfile(path) or not (os.path.isdir(path) or glob.has_magic(path)):
+    if path == STANDARD_INPUT or os.path.isfile(path) or not (os.path.isdir(path) or glob.has_magic(path)):
         yield Input(path)
         return
     matches = [path] if os.path.isdir(path) else sorted(glob.iglob(path, recursive=True))

@@ -94,7 +94,7 @@ class LinesFile:
     def __init__(self, path: Path, settings: Mapping[str, Any], retry_errors: bool = False) -> None:
         self.path = path
         self.settings_file = path.with_name(path.name + ".settings.json")
-        self._lock = taken_lock(self.path)
+        self._lock = taken_lock(self.path).lock
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b", buffering=0)
