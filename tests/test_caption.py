@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -174,6 +175,21 @@ def test_a_bad_command_ends_in_one_line(
 
 
 # In processes of their own: how a run ends.
+
+
+def test_standard_input_is_never_taken_for_an_earlier_one(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(name: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((folder / "things" / name).read_bytes())))
+        status, _, err = run(capsys, "caption", "-", "--out", "out.jsonl", "--workers", "0", *SHORT)
+        return status, err.splitlines()[-1]
+
+    assert ask("1.npy")[0] == 0
+    first = rows()
+    status, last = ask("3.npy")
+    assert (status, rows()) == (1, first)
+    assert last.startswith("pointalign: out.jsonl has a line about standard input already")
 
 
 def started(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
