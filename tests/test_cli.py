@@ -295,13 +295,21 @@ def test_options_may_stand_before_the_recipe(tmp_path: Path, capsys: pytest.Capt
     [
         ("--data.sets.1.odds", "7", "pointalign"),
         ("--out", "pointalign-baseline", "--data.sets.1.odds", "7", "pointalign"),
+        ("--out", "household-135m-encoder", "--data.sets.1.odds", "7", "pointalign"),
     ],
-    ids=["of a later set", "after a value that is a recipe's name"],
+    ids=["of a later set", "after a value that is a recipe's name", "and that recipe has no such set"],
 )
 def test_options_of_a_recipes_own_lists_may_stand_before_it(given: tuple[str, ...]) -> None:
     verb = _parse(["train", *given])
     assert (verb.recipe, verb.settings.name) == ("pointalign", "pointalign")
     assert [one.odds for one in verb.settings.data.sets][1] == 7
+
+
+@pytest.mark.parametrize("given", [("--out", "pointalign"), ("--out", "pointalign", "--resume"), ("--resume",)])
+def test_a_recipe_that_is_forgotten_is_asked_for(given: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "train", *given)
+    assert status == 2
+    assert "A recipe that comes with the package, or a YAML file. (required)" in err
 
 
 def test_output_may_be_closed() -> None:

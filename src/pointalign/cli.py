@@ -6,7 +6,8 @@ import json
 import os
 import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -71,14 +72,23 @@ def _parse(arguments: list[str]) -> Any:
         known = ", ".join([*VERBS, *(f"data {name}" for name in DATA_VERBS)])
         raise PointAlignError(f"unknown verb {' '.join(arguments[:2])!r}; known are {known}")
     parse = partial(tyro.cli, kinds[verb], prog=f"{prog} {verb}", args=rest)
-    if kinds[verb] is not Train or not rest:
-        return parse()
-    # The recipe's own settings are what its options change, so it has to be known before they are read.
-    named = next(filter(_may_be_recipe, rest), None) if rest[0].startswith("-") else rest[0]
-    named = parse().recipe if named is None else named
-    while (verb := parse(default=Train(recipe=named, settings=load_recipe(named)))).recipe != named:
-        named = verb.recipe  # the first that could be one was an option's value
-    return verb
+    return parse() if kinds[verb] is not Train or not rest else _parse_training(parse, rest)
+
+
+def _parse_training(parse: Callable[..., Train], rest: Sequence[str]) -> Train:
+    """The recipe's own settings are what its options change, so it has to be known before they are read."""
+
+    def read(named: str, **options: Any) -> Train:
+        return parse(default=Train(recipe=tyro.MISSING, settings=load_recipe(named)), **options)
+
+    if not rest[0].startswith("-"):
+        return parse(default=Train(recipe=rest[0], settings=load_recipe(rest[0])))
+    likely = [argument for argument in rest if _may_be_recipe(argument)]
+    for named in likely:
+        with suppress(SystemExit):  # of what is another option's value
+            if (verb := read(named, console_outputs=False)).recipe == named:
+                return verb
+    return read((read(likely[-1]) if likely else parse()).recipe)
 
 
 def _may_be_recipe(argument: str) -> bool:
