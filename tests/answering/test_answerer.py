@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pointalign.answering import generation
 from pointalign.answering.answerer import Answerer, about_cloud
 from pointalign.data.files import PointCloud
 from pointalign.errors import ConfigError, DataError
@@ -73,6 +74,26 @@ def test_an_answer_stops_at_the_end_symbol_and_says_so(answerer: Answerer, prepa
     assert answerer.ask(prepared[:1], "What?", SHORT)[0][1:] == (1, False)
 
 
+@pytest.mark.parametrize("refill", [True, False])
+def test_an_end_symbol_that_is_an_ordinary_word_is_no_part_of_the_answer(
+    answerer: Answerer, prepared: list[Any], monkeypatch: pytest.MonkeyPatch, refill: bool
+) -> None:
+    """Imported models end at words that hold "###", which decoding does not skip."""
+    if not refill:
+        monkeypatch.setattr(generation, "can_refill", lambda *_: False)
+    talk, model, tokenizer = [about_cloud("What?")], answerer.model, answerer.processor.tokenizer
+    inputs = answerer.inputs([talk] * 4, prepared)
+    ids = model.generate(**inputs, max_new_tokens=9)[:, inputs["input_ids"].shape[1] :].tolist()
+    end = ids[0][4]
+    cut = [row[: row.index(end)] if end in row else row for row in ids]
+    assert 0 < len(cut[0]) < 9
+    model.generation_config.eos_token_id = [end]
+    expected = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in cut]
+    assert [said.text for said in answerer.ask(prepared, "What?", SHORT)] == expected
+    assert answerer.ask(prepared[:1], "What?", SHORT)[0].text == expected[0]
+    assert "".join(answerer.stream(talk, prepared[:1], SHORT)) == expected[0]
+
+
 def test_chance_is_repeated_by_its_seed_and_leaves_the_callers_alone(answerer: Answerer, prepared: list[Any]) -> None:
     warm = Decoding(max_new_tokens=9, temperature=1.0, seed=3)
     torch.manual_seed(5)
@@ -106,6 +127,24 @@ def test_what_goes_wrong_while_streaming_reaches_the_reader(answerer: Answerer, 
     stream = answerer.stream([about_cloud("What?")], prepared[:1], SHORT)
     stream.arguments["point_clouds"] = stream.arguments["point_clouds"][:, :, :4]
     with pytest.raises(RuntimeError):
+        list(stream)
+
+
+def test_a_full_device_ends_a_stream_with_one_line(
+    answerer: Answerer, prepared: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name in ("get_input_embeddings", "generate"):
+        stream = answerer.stream([about_cloud("What?")], prepared[:1], SHORT)
+        with monkeypatch.context() as patch:
+            patch.setattr(answerer.model, name, full)
+            with pytest.raises((DataError, torch.OutOfMemoryError), match="memory"):
+                list(stream)
+    stream = answerer.stream([about_cloud("What?")], prepared[:1], SHORT)
+    monkeypatch.setattr(answerer.model, "generate", full)
+    with pytest.raises(DataError, match="the memory of the device does not hold 1 objects at a time"):
         list(stream)
 
 

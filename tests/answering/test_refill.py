@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from transformers import CompileConfig
 
+from pointalign.answering import refill
 from pointalign.answering.answerer import Answerer, about_cloud
 from pointalign.answering.refill import can_refill, refilled_ids
 
@@ -62,6 +65,26 @@ def test_each_answer_is_the_one_it_gets_alone(rows: int, answerer: Answerer, sho
     expected = cut(whole, end)
     assert refilled_ids(answerer.model, inputs, rows, LONGEST, {end}) == expected
     assert len({len(answer) for answer in expected}) > 2
+
+
+def test_rows_that_have_ended_stay_within_the_context(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`check_room` saw to it that the longest prompt and the longest answer fit; no position may lie beyond."""
+    end, going_on, lengths, used = 200, refill._next_tokens, random.Random(0), []
+
+    def scheduled(model: Any, cache: Any, mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Answers of 1 to 12 tokens: ids that count up to the end symbol."""
+        used.append(int(mask.sum(dim=1).max()))
+        first = going_on(model, cache, mask, **inputs)
+        if "input_ids" in inputs:
+            return (inputs["input_ids"] + 1).clamp(max=end + 1)
+        return torch.tensor([[end - lengths.choice([0, 3, 9, 11, 11, 11])] for _ in first])
+
+    monkeypatch.setattr(refill, "_next_tokens", scheduled)
+    inputs = answerer.inputs([[{"role": "user", "content": f"{number:03}"}] for number in range(60)], [])
+    answers = refilled_ids(answerer.model, inputs, 16, LONGEST, {end})
+    assert {len(answer) for answer in answers} == {1, 4, 10, 12}
+    assert all(answer[-1] == end for answer in answers)
+    assert max(used) <= inputs["input_ids"].shape[1] + LONGEST
 
 
 def test_what_is_common_is_computed_once_and_rows_stay_full(

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -391,10 +392,27 @@ def test_command_writes_a_folder_and_refuses_others(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("keep")
     with pytest.raises(CheckpointError, match="holds files of its own"):
         import_checkpoint("minigpt-3d", files, tmp_path / "mine", **options)
+    import_checkpoint("minigpt-3d", files, tmp_path / "out", **{**options, "merge": True})
+    shutil.copytree(GOLDEN, tmp_path / "golden")
+    others = {**options, "language_model": str(tmp_path / "golden"), "tokenizer": str(tmp_path / "golden")}
+    before = sorted(path.name for path in (tmp_path / "golden").iterdir())
+    for out in ("golden", "golden/new", "."):
+        with pytest.raises(CheckpointError, match="which is read, lie in each other; choose a new folder"):
+            import_checkpoint("minigpt-3d", files, tmp_path / out, **others)
+    (tmp_path / "phi").mkdir()
+    for name, content in (("config.json", '{"model_type": "phi"}'), ("pytorch_model.bin", "")):
+        (tmp_path / "phi" / name).write_text(content)
+    with pytest.raises(CheckpointError, match="holds files of its own"):
+        import_checkpoint("minigpt-3d", files, tmp_path / "phi", **options)
+    (tmp_path / "out" / "evaluation").mkdir()
+    (tmp_path / "out" / "evaluation" / "report.md").write_text("keep")
+    with pytest.raises(CheckpointError, match=r"holds evaluation/report\.md, which no import writes"):
+        import_checkpoint("minigpt-3d", files, tmp_path / "out", **options)
+    assert sorted(path.name for path in (tmp_path / "golden").iterdir()) == before
     with pytest.raises(ConfigError, match="--language-model"):
-        import_checkpoint("minigpt-3d", files, tmp_path / "out")
+        import_checkpoint("minigpt-3d", files, tmp_path / "new")
     with pytest.raises(ConfigError, match="choose minigpt-3d or pointllm"):
-        import_checkpoint("minigpt", files, tmp_path / "out")
+        import_checkpoint("minigpt", files, tmp_path / "new")
 
 
 def test_released_prompt_and_question(imported):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from pointalign.answering.answerer import Answerer, about_cloud
-from pointalign.answering.generation import check_room
+from pointalign.answering.generation import check_room, memory_told
 from pointalign.answering.streaming import Stream
 from pointalign.errors import DataError
 from pointalign.options import GREEDY, Decoding
@@ -52,7 +52,7 @@ class Conversation:
         self._number = 0
         self._cache: tuple[list[int], Any] | None = None
         points = answerer.prepare(cloud)[None].to(answerer.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), memory_told(1):
             tokens = answerer.model.encode_points(points).point_tokens
         self._point_tokens: Tensor = tokens.clone()
 

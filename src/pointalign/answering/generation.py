@@ -17,7 +17,7 @@ class Generated(NamedTuple):
     """One answer.
 
     Args:
-        text: without special tokens and surrounding space.
+        text: without the end symbol, special tokens and surrounding space.
         tokens: how many were generated, the end symbol included.
         truncated: whether it stopped at the longest length allowed rather than at an end symbol.
     """
@@ -51,13 +51,13 @@ def generate_from(
         ids = refilled_ids(model, moved, rows or count, options["max_new_tokens"], ends)
     else:
         ids = model.generate(**moved, **options)[:, length:].tolist()
-    texts = processor.batch_decode(ids, skip_special_tokens=True)
-    found = []
-    for text, row in zip(texts, ids, strict=True):
-        ended = next((index for index, token in enumerate(row) if token in ends), None)
-        tokens = len(row) if ended is None else ended + 1
-        found.append(Generated(text.strip(), tokens, ended is None))
-    return found
+    ended = [next((index for index, token in enumerate(row) if token in ends), None) for row in ids]
+    # An end symbol may be an ordinary word of the vocabulary, which decoding does not skip.
+    texts = processor.batch_decode([row[:end] for row, end in zip(ids, ended, strict=True)], skip_special_tokens=True)
+    return [
+        Generated(text.strip(), len(row) if end is None else end + 1, end is None)
+        for text, row, end in zip(texts, ids, ended, strict=True)
+    ]
 
 
 def end_symbols(model: Any, processor: Any) -> set[int]:

@@ -48,10 +48,14 @@ class _Rows:
         cache: keys and values of every row.
         mask: (rows, columns of the cache), 0 where a row has nothing.
         tokens: (rows, 1), the last token of each, which the cache does not hold yet.
+
+    Attributes:
+        idle: rows whose answer has ended; what they are fed is masked, so that their positions stay within the context.
     """
 
     def __init__(self, numbers: list[int], cache: Any, mask: Tensor, tokens: Tensor) -> None:
         self.numbers, self.cache, self.mask, self.tokens = numbers, cache, mask, tokens
+        self.idle: list[int] = []
 
     def keep(self, rows: list[int]) -> None:
         """Go on with some rows alone, and without the columns that none of them has."""
@@ -59,6 +63,7 @@ class _Rows:
         mask = self.mask[kept]
         start = int(mask.any(dim=0).int().argmax())
         self.numbers, self.mask, self.tokens = [self.numbers[row] for row in rows], mask[:, start:], self.tokens[kept]
+        self.idle = []
         for layer in self.cache.layers:
             layer.replace(layer.keys[kept, :, start:], layer.values[kept, :, start:])
 
@@ -177,6 +182,7 @@ def refilled_ids(
         else:
             assert live is not None
             live.mask = F.pad(live.mask, (0, 1), value=1)
+            live.mask[live.idle, -1] = 0
             live.tokens = _next_tokens(model, live.cache, live.mask, input_ids=live.tokens)
             fresh = live.numbers
         live = _without_ended(live, fresh, written, max_new_tokens, ends, rows)
@@ -198,7 +204,8 @@ def _without_ended(
     going = [row for row, number in enumerate(live.numbers) if not ended(number)]
     if not going:
         return None
-    if len(live.numbers) - len(going) >= max(1, rows * IDLE_SHARE):
+    live.idle = sorted(set(range(len(live.numbers))) - set(going))
+    if len(live.idle) >= max(1, rows * IDLE_SHARE):
         live.keep(going)
     return live
 

@@ -12,18 +12,22 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from pointalign.answering.generation import chance
+from pointalign.answering.generation import chance, end_symbols, memory_told
 from pointalign.options import Decoding
 
 
 class _Pieces(BaseStreamer):
     """Turns tokens into text that will not change any more; joined, the pieces are the answer without outer space.
 
+    Args:
+        tokenizer: the model's.
+        ends: ids at which an answer ends, which are no part of it.
+
     The text is decoded as a whole each time, because a token alone may be half a letter.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, ends: set[int]) -> None:
+        self.tokenizer, self.ends = tokenizer, ends
         self.queue: SimpleQueue[str | BaseException | None] = SimpleQueue()
         self.ids: list[int] = []
         self.sent = ""
@@ -34,7 +38,7 @@ class _Pieces(BaseStreamer):
         if not self.prompt_came:
             self.prompt_came = True
             return
-        self.ids += value.flatten().tolist()
+        self.ids += [token for token in value.flatten().tolist() if token not in self.ends]
         text = self.text
         # The end of the text may be half a letter, or space that the answer is going to end with.
         if not text.endswith("\ufffd") and text.startswith(self.sent) and len(text) > len(self.sent):
@@ -93,7 +97,7 @@ class Stream:
         self.number = number
         self.arguments = {**inputs, **decoding.options(), **(given or {}), "return_dict_in_generate": True}
         self.output: Any = None
-        self._pieces = _Pieces(processor.tokenizer)
+        self._pieces = _Pieces(processor.tokenizer, end_symbols(model, processor))
 
     @property
     def text(self) -> str:
@@ -114,14 +118,15 @@ class Stream:
             raise piece
 
     def _write(self, leave: threading.Event) -> None:
-        device = self.model.get_input_embeddings().weight.device
-        moved = {
-            name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.arguments.items()
-        }
         stopping = StoppingCriteriaList([_Stopped(leave)])
         ended: BaseException | None = None
         try:
-            with chance(self.decoding, device, self.number):
+            device = self.model.get_input_embeddings().weight.device
+            with memory_told(1), chance(self.decoding, device, self.number):
+                moved = {
+                    name: value.to(device) if isinstance(value, Tensor) else value
+                    for name, value in self.arguments.items()
+                }
                 self.output = self.model.generate(**moved, streamer=self._pieces, stopping_criteria=stopping)
         except BaseException as error:  # handed to the reader, whose thread it concerns
             ended = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,6 +26,10 @@ from pointalign.storage import written_folder
 
 PROJECTOR_FILE = "alignment_projector.safetensors"
 PROJECTOR_PREFIX = "alignment_projector."
+# Files of an export, its adapters' and its tokenizer's with them.
+EXPORTED = re.compile(
+    r"(\w+_adapter/)?[^/]+\.(json|safetensors|jinja|model)|(vocab|merges)\.txt|\w+_adapter/README\.md"
+)
 
 POINT_ENCODER_WORDS = {
     "cls_token": "class_token",
@@ -250,11 +255,10 @@ def export(imported: Imported, out: str | Path, alignment_layer: int = 15) -> No
             `AlignmentRegularizer` for that layer.
 
     Raises:
-        CheckpointError: when the folder holds something else, or cannot be written.
+        CheckpointError: when the folder holds something else, or cannot be written. What was there is then left as it was.
     """
     out = Path(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise CheckpointError(f"{out} holds files of its own; choose a new folder")
+    check_place(out)
     with written_folder(out) as temporary:
         imported.model.save_pretrained(temporary, self_contained=True)
         if imported.processor is not None:
@@ -262,3 +266,34 @@ def export(imported: Imported, out: str | Path, alignment_layer: int = 15) -> No
         if imported.alignment_projector is not None:
             state: dict[str, Tensor] = nn.ModuleDict({str(alignment_layer): imported.alignment_projector}).state_dict()
             save_file({f"projectors.{name}": tensor for name, tensor in state.items()}, temporary / PROJECTOR_FILE)
+
+
+def check_place(out: Path, read: Sequence[str | Path] = ()) -> None:
+    """See that an import may be written somewhere: where nothing is, or an earlier import.
+
+    Args:
+        out: the folder.
+        read: files, folders and Hub ids that are read meanwhile.
+
+    Raises:
+        CheckpointError: when something else is there, or what is read lies in the folder or around it.
+    """
+    place = out.resolve()
+    for source in (Path(name) for name in read if Path(name).exists()):
+        whole = source.resolve()
+        if whole.is_relative_to(place) or (whole.is_dir() and place.is_relative_to(whole)):
+            raise CheckpointError(f"{out} and {source}, which is read, lie in each other; choose a new folder")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; choose a new folder")
+    there = sorted(str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir())
+    if there and not _is_import(out / "config.json"):
+        raise CheckpointError(f"{out} holds files of its own; choose a new folder")
+    if others := [name for name in there if not EXPORTED.fullmatch(name)]:
+        raise CheckpointError(f"{out} holds {others[0]}, which no import writes; choose a new folder")
+
+
+def _is_import(config: Path) -> bool:
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == PointAlignConfig.model_type
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pointalign.errors import ConfigError
-from pointalign.importers.assembly import export
+from pointalign.importers.assembly import check_place, export
 from pointalign.importers.minigpt3d import load_minigpt3d
 from pointalign.importers.pointllm import load_pointllm
 from pointalign.importers.tensors import ImportReport
@@ -39,8 +39,10 @@ def import_checkpoint(
 
     Raises:
         ConfigError: for options that do not belong to the family.
-        CheckpointError: as `import_minigpt3d` and `import_pointllm`, and when the folder cannot be written.
+        CheckpointError: as `import_minigpt3d` and `import_pointllm`, and when the folder cannot be written or holds
+            something else, which is seen before anything is read.
     """
+    check_place(Path(out), [*sources, *(name for name in (language_model, qformer, tokenizer) if name)])
     if family == "minigpt-3d":
         if language_model is None:
             raise ConfigError("minigpt-3d needs --language-model: a folder or Hub id of Phi-2, or its configuration")
