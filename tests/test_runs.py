@@ -25,6 +25,7 @@ from pointalign.config import ModelSettings, Recipe, from_dict, load_recipe
 from pointalign.errors import ConfigError, DataError, PointAlignError
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
+from pointalign.recipe_trainer import RecipeTrainer
 from pointalign.run_folder import RunFolder
 from pointalign.runs import build_model, train
 from recording import Recorded
@@ -220,9 +221,10 @@ def test_a_signal_to_all_processes_of_a_run_stops_it_with_a_checkpoint(
     assert RunFolder(tmp_path / "run").last_checkpoint() is not None
 
 
+@pytest.mark.parametrize("positions", ["point_tokens", "released"])
 @pytest.mark.parametrize("cached", [True, False], ids=["features", "clouds"])
 def test_conversations_without_a_cloud_train_and_are_not_aligned(
-    start: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+    start: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool, positions: str
 ) -> None:
     monkeypatch.setenv("POINTALIGN_CACHE", str(cache))
     np.save(tmp_path / "a_60.npy", np.random.default_rng(0).random((60, 6), dtype=np.float32))
@@ -235,7 +237,8 @@ def test_conversations_without_a_cloud_train_and_are_not_aligned(
     (tmp_path / "talks.json").write_text(json.dumps(talks))
     sets = [{"types": [str(talk["conversation_type"])], "odds": 1, "batch_size": 1} for talk in talks]
     data = {"source": str(tmp_path), "instructions": [str(tmp_path / "talks.json")], "sets": sets}
-    train(tiny_recipe(start, data=data, logging_steps=1, cache_features=cached), tmp_path / "run")
+    changes = {"alignment": {"weight": 0.5, "layers": [2], "positions": positions}, "cache_features": cached}
+    train(tiny_recipe(start, data=data, logging_steps=1, **changes), tmp_path / "run")
     aligned = [line["alignment_loss"] for line in RunFolder(tmp_path / "run").metrics()]
     assert len(aligned) == STEPS
     assert 0 < aligned.count(0.0) < STEPS, "odds of 1 to 1"
@@ -266,6 +269,27 @@ def test_weights_that_are_no_numbers_are_not_saved(
     with pytest.raises(PointAlignError, match=f"the loss is not finite at step {step}; lower optimizer.learning_rate"):
         train(recipe, tmp_path / "run")
     assert not [*tmp_path.rglob("*.safetensors")]
+
+
+def test_a_gradient_that_is_no_number_leaves_the_last_good_checkpoint(
+    start: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POINTALIGN_CACHE", str(cache))
+    step_taken = RecipeTrainer.training_step
+
+    def training_step(self: RecipeTrainer, model: nn.Module, inputs: Any, *rest: Any) -> torch.Tensor:
+        loss = step_taken(self, model, inputs, *rest)
+        if self.state.global_step == 5:  # of the sixth step, whose loss is a number still
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(torch.nan)  # pyright: ignore
+        return loss
+
+    monkeypatch.setattr(RecipeTrainer, "training_step", training_step)
+    with pytest.raises(PointAlignError, match="a weight is not finite at step 6; lower "):
+        train(tiny_recipe(start), tmp_path / "run")
+    last = RunFolder(tmp_path / "run").last_checkpoint()
+    assert last is not None
+    assert last.name == "checkpoint-3"
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_a_checkpoint_cut_short_is_passed_over(unbroken: Path, tmp_path: Path) -> None:

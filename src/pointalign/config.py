@@ -271,7 +271,7 @@ class Recipe:
     save_steps: int = 500
     """Steps between checkpoints."""
     logging_steps: int = 10
-    """Steps between logged metrics."""
+    """Steps between logged metrics; what is saved is logged too."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers that transformers' Trainer knows."""
 

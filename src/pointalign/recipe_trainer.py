@@ -212,15 +212,25 @@ class RecipeTrainer(Trainer):
             logs = {**logs, **dict(zip(names, means.tolist(), strict=True))}  # pyright: ignore
             self._sums, self._steps_summed = {}, self.state.global_step
             if not all(math.isfinite(logs[name]) for name in (*names, "loss")):
-                raise PointAlignError(
-                    f"the loss is not finite at step {self.state.global_step}; lower optimizer.learning_rate or use "
-                    "precision fp32, and resume from the last checkpoint"
-                )
+                raise PointAlignError(self._not_finite("the loss"))
         super().log(logs, start_time)
 
+    def _not_finite(self, what: str) -> str:
+        return (
+            f"{what} is not finite at step {self.state.global_step}; lower optimizer.learning_rate or use precision fp32, and "
+            "resume from the last checkpoint"
+        )
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the weights that train (and buffers of modules in training mode); the rest is the recipe's start."""
-        state = whole(trained_state(self.accelerator.unwrap_model(self.model)))  # pyright: ignore[reportArgumentType]
+        """Write the weights that train (and buffers of modules in training mode); the rest is the recipe's start.
+
+        Raises:
+            PointAlignError: when one of them is NaN or infinite; an earlier checkpoint is then the last.
+        """
+        own = trained_state(self.accelerator.unwrap_model(self.model))  # pyright: ignore[reportArgumentType]
+        if not all(bool(tensor.isfinite().all()) for tensor in own.values()):
+            raise PointAlignError(self._not_finite("a weight"))
+        state = whole(own)
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)

@@ -34,10 +34,10 @@ class RunFolder:
         self.model = self.path / "model"
 
     def claimed(self) -> AbstractContextManager[Any]:
-        """While this lasts, no other process trains in this folder.
+        """While this lasts, no other process with the same cache folder, where the lock lies, trains in this folder.
 
         Raises:
-            DataError: when another one does, or the cache, where the lock lies, cannot be written.
+            DataError: when another one does, or the cache cannot be written.
         """
         return taken_lock(self.metrics_file)
 

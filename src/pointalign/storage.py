@@ -63,7 +63,7 @@ def written_folder(target: Path, replace: bool = True) -> Iterator[Path]:
         CheckpointError: when the folder cannot be written; an existing target is then left as it was.
     """
     try:
-        place = target.resolve()
+        place = Path(os.path.realpath(target))  # where links go round in circles, making its folder says so
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     except OSError as error:
@@ -115,7 +115,7 @@ def lock_of(path: Path) -> FileLock:
     Raises:
         DataError: when the cache cannot be written.
     """
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
     lock = FileLock(cache_dir() / "locks" / f"{name}.lock")
     try:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)

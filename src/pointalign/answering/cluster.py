@@ -176,6 +176,8 @@ class OnRay:
         Raises:
             PointAlignError: when a worker cannot work at all.
         """
+        if not left:
+            return
         waiting = dict(enumerate(thing.path for thing in left))
         for indices, rows, colored in self._results([os.fsencode(path) for path in waiting.values()]):
             # Ray gives each result once, also when a worker dies that had handed some of a piece over; this makes sure.

@@ -310,8 +310,8 @@ class Collator:
 
     Args:
         processor: pads and knows the point token.
-        alignment_positions: from a padded batch's labels (B, L) to the positions that are aligned; the point tokens when not
-            given.
+        alignment_positions: from a padded batch's labels (B, L) to the positions that are aligned, in rows that hold a cloud;
+            the point tokens when not given.
         packing: from the conversations' lengths to the arguments that tell a packed model where each begins; they are then
             laid end to end in one row, and without it each is a row of its own, padded on the right.
     """
@@ -336,9 +336,10 @@ class Collator:
         batch = self._padded(ids, labels) if self.packing is None else self._packed(ids, labels, self.packing)
         batch["logits_to_keep"] = (batch["labels"][:, 1:] != -100).any(dim=0).nonzero().flatten()
         positions = self.alignment_positions
-        batch["alignment_mask"] = (
-            positions(batch["labels"]) if positions else batch["input_ids"] == self.processor.point_token_id
-        )
+        batch["alignment_mask"] = batch["input_ids"] == self.processor.point_token_id
+        if positions:
+            batch["alignment_mask"] = positions(batch["labels"])
+            batch["alignment_mask"][[not sample["points"] for sample in samples]] = False
         clouds = [cloud for sample in samples for cloud in sample["points"]]
         if clouds:
             batch.update({name: torch.stack([cloud[name] for cloud in clouds]) for name in clouds[0]})

@@ -1,7 +1,8 @@
 """Packing a folder of 660K small .npy files into a few hundred Parquet shards, which `packed` reads.
 
 A shard is written whole or not at all, and noted in a journal with the state of the files that it was made of, so that a
-packing that was stopped goes on where it was, and one that is run again looks only at what has changed.
+packing that was stopped goes on where it was, and one that is run again packs only the shards that have changed. A shard is a
+stretch of the sorted ids: a new id changes its own and all that follow.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pointalign.data.objaverse import NumpyClouds
 from pointalign.data.packed import INDEX_FILE, INDEX_VERSION, JOURNAL_FILE, NUMBERS, PackedClouds, Shard
 from pointalign.errors import ConfigError, DataError
 from pointalign.progress import progress, say
-from pointalign.storage import write_text, written_file
+from pointalign.storage import taken_lock, write_text, written_file
 
 BROKEN_FILE = "_broken_clouds.txt"
 # 512 clouds of 8,192 coloured points are 100 MB; other readers of the shards take 64 of them (13 MB) at a time.
@@ -72,17 +73,19 @@ def pack_clouds(folder: str | Path, out: str | Path, skip_broken: bool = False, 
 
     Raises:
         ConfigError: when `out` holds the clouds of another folder.
-        DataError: when the folder holds no clouds or broken ones, or a file cannot be written.
+        DataError: when the folder holds no clouds or broken ones, a file cannot be written, or another process packs into
+            `out`.
     """
     if readers < 1:
         raise ConfigError(f"--readers {readers} reads nothing; give 1 or more")
     clouds, target = NumpyClouds(folder), Path(out)
     try:
-        shards = _pack_shards(clouds, target, skip_broken, readers)
-        broken = {object_id: reason for shard in shards for object_id, reason in shard.broken.items()}
-        _list_broken(target, broken, len(clouds), skip_broken)
-        if not (target / INDEX_FILE).is_file():
-            _write_index(target / INDEX_FILE, shards)
+        with taken_lock(target / JOURNAL_FILE):
+            shards = _pack_shards(clouds, target, skip_broken, readers)
+            broken = {object_id: reason for shard in shards for object_id, reason in shard.broken.items()}
+            _list_broken(target, broken, len(clouds), skip_broken)
+            if not (target / INDEX_FILE).is_file():
+                _write_index(target / INDEX_FILE, shards)
     except (OSError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"cannot write {target} ({reason}); free some space, and run the same again") from error
@@ -111,7 +114,7 @@ def _pack_shards(clouds: NumpyClouds, out: Path, skip_broken: bool, readers: int
         if keys.get(name) == shard.key and (skip_broken or not shard.broken) and _size(out / name) == shard.size
     }
     stale = [path for path in out.glob("clouds-*.parquet") if path.name not in plan]
-    # What a killed process was writing; nobody else writes here.
+    # What a killed process was writing.
     for name in ("clouds-*.parquet", INDEX_FILE, JOURNAL_FILE, BROKEN_FILE):
         stale += out.glob(f".????????????-{name}")
     if stale or len(done) < len(plan):
@@ -212,7 +215,8 @@ def _write_shard(
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             place = 0
             for entry, points in zip(shard.clouds, written, strict=True):
-                place = entry[1] = _find(content, points.tobytes(), place, path)
+                entry[1] = _find(content, points.tobytes(), place, path)
+                place = entry[1] + points.nbytes
 
 
 def _table(clouds: dict[str, np.ndarray]) -> pa.Table:

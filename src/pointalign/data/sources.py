@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class OptionalSizes:
     """Clouds that are there twice: under the object's id as they are, and under `unsized(id)` with their size unknown.
 
     Args:
-        clouds: of any kind; those without a seventh column are the same twice.
+        clouds: arrays; those without a seventh column are the same twice.
     """
 
     def __init__(self, clouds: PointCloudSource) -> None:
@@ -107,8 +108,8 @@ def open_clouds(source: str | Path) -> NumpyClouds | PackedClouds:
     return NumpyClouds(folder)
 
 
-def read_clouds(clouds: PointCloudSource, object_ids: Sequence[str]) -> list[np.ndarray]:
-    """Several objects' points, read at once: from network storage a batch comes in the time of one cloud.
+def read_clouds(clouds: PointCloudSource, object_ids: Sequence[str]) -> list[Any]:
+    """Several objects' clouds, read at once: from network storage a batch comes in the time of one cloud.
 
     Raises:
         DataError: when a cloud is missing or broken.

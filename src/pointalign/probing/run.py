@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ def probe(
         seed: of resampling and permutations.
 
     Returns:
-        `n` scored objects, `k`, each model's `best` layer by measure, the `difference` there, and the files' names.
+        `n` scored objects, `k`, each model's `best` layer by measure, with two of equal depth `layers_that_differ`, and the
+        files' names.
 
     Raises:
         PointAlignError: when a model cannot be loaded or read, or the settings do not fit the objects.
@@ -168,8 +170,12 @@ def short_names(models: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: when one is named twice.
     """
-    if len(set(models)) < len(models):
-        raise ConfigError(f"{models[0]} is named twice; name different models")
+    found: dict[str, str] = {}
+    for model in models:
+        place = os.path.realpath(model) if os.path.exists(model) else model
+        if place in found:
+            raise ConfigError(f"{found[place]} is named twice; name different models")
+        found[place] = model
     parts = [list(Path(model).parts) for model in models]
     if len(models) > 1:
         for end in (0, -1):

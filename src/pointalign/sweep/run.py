@@ -49,7 +49,8 @@ def run_sweep(file: str | Path, out: str | Path, only: Sequence[str] = ()) -> di
         only: these runs alone, as ARM or ARM/seed-N; all of the sweep's when none is named.
 
     Returns:
-        `runs`, `against`, the table's numbers by measure and arm, and the table's files.
+        `runs`, `against`, the table's numbers by measure and arm, and the table's files; `figure` once two arms can be
+        compared.
 
     Raises:
         RunStopped: when Ctrl-C or SIGTERM stopped a training.
@@ -80,11 +81,9 @@ def run_sweep(file: str | Path, out: str | Path, only: Sequence[str] = ()) -> di
                     _write_table(folder, _measured(folder, recipes, sweep.limit), recipes, sweep.reference)
     measured = _measured(folder, recipes, sweep.limit)
     table = _write_table(folder, measured, recipes, sweep.reference)
-    files = {
-        "results": str(folder / TABLE_FILE),
-        "report": str(folder / REPORT_FILE),
-        "figure": str(folder / FIGURE_FILE),
-    }
+    files = {"results": str(folder / TABLE_FILE), "report": str(folder / REPORT_FILE)}
+    if (folder / FIGURE_FILE).is_file():
+        files["figure"] = str(folder / FIGURE_FILE)
     return {"runs": len(measured), "against": sweep.reference, "measures": table, **files}
 
 
@@ -213,5 +212,6 @@ def _write_table(
     content = {"against": reference, "missing": missing, "measures": table}
     write_text(folder / TABLE_FILE, json.dumps(content, indent=1) + "\n")
     write_text(folder / REPORT_FILE, "\n".join(table_lines(table, reference, missing)) + "\n")
-    draw_sweep(table, reference, folder / FIGURE_FILE)
+    if not draw_sweep(table, reference, folder / FIGURE_FILE):
+        (folder / FIGURE_FILE).unlink(missing_ok=True)
     return table

@@ -72,7 +72,9 @@ def _check(sweep: Sweep, file: Path) -> None:
     if not sweep.arms or not sweep.seeds:
         raise ConfigError(f"{file}: arms and seeds hold at least one each")
     for arm, changes in sweep.arms.items():
-        if not re.fullmatch(r"\w[\w.-]*", str(arm)):
+        if not isinstance(arm, str):
+            raise ConfigError(f"{file}: YAML reads the arm {arm!r} as no name; put it in quotes")
+        if not re.fullmatch(r"\w[\w.-]*", arm):
             raise ConfigError(f"{file}: the arm {arm!r} becomes a folder; use letters, digits, dots and dashes")
         if not isinstance(changes, dict):
             raise ConfigError(f"{file}: arms: {arm} holds settings of its own; write `key: value` lines, or {{}}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pointalign.errors import DataError
 from pointalign.evaluation.statistics import pooled_difference
 
 # By measure: what people are told, and what it is multiplied by.
@@ -34,6 +35,7 @@ def build_table(measured: Mapping[tuple[str, int], Values], reference: str) -> d
         DataError: when runs measured different objects.
     """
     arms = list(dict.fromkeys(arm for arm, _ in measured))
+    _check_objects(measured)
     table: dict[str, Any] = {}
     for measure in MEASURES:
         rows: dict[str, Any] = {}
@@ -47,6 +49,19 @@ def build_table(measured: Mapping[tuple[str, int], Values], reference: str) -> d
                 rows[arm]["difference"] = _difference(measured, reference, arm, shared, measure) if shared else None
         table[measure] = rows
     return table
+
+
+def _check_objects(measured: Mapping[tuple[str, int], Values]) -> None:
+    head: tuple[tuple[str, int], Values] | None = None
+    for key, values in measured.items():
+        head = head or (key, values)
+        for measure in MEASURES:
+            if values[measure].keys() != head[1][measure].keys():
+                (arm, seed), (other, other_seed) = key, head[0]
+                raise DataError(
+                    f"{arm}, seed {seed}, and {other}, seed {other_seed}, measured {measure} on different objects; delete one "
+                    "of them and run it again"
+                )
 
 
 def _matrix(measured: Mapping[tuple[str, int], Values], arm: str, seeds: Sequence[int], measure: str) -> np.ndarray:
