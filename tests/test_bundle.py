@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from pointalign.config import load_recipe, to_yaml
 from pointalign.data.household_split import household_sides
 from pointalign.errors import CheckpointError
 from pointalign.evaluation.provenance import model_fingerprint
-from pointalign.model_card import model_card, stages
+from pointalign.model_card import BUNDLED_STAGES, model_card, stages
 from pointalign.models import checkpoint
 from pointalign.models.checkpoint import find_checkpoint, local_checkpoint, resolve_model
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
@@ -270,14 +271,58 @@ def test_the_card_of_other_data_and_targets(runs: Path, tmp_path: Path) -> None:
     assert not re.search("household\\*|Debian|30 kinds|written by rules", card())
     recipe.alignment.weight = 0.0
     assert "alignment" not in card()
+    assert "license:" not in card()
+    recipe.model.start_from = "household-135m"
+    assert "Debian package" in card(), "the bundled model's artists are named"
+    assert "Wildfire Games" in card()
+    assert "knows the kinds of things that it was trained on." in card()
+    recipe.model.start_from = "somebody/something"
+    assert "* What **somebody/something**, which it started from, had learnt from, its own card tells." in card()
+
+
+def test_a_card_claims_no_unseen_objects_that_were_seen(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "tuned", tmp_path / "run")
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml")
+    write_result(tmp_path / "mine", "somewhere/model", 0.5)
+    file = tmp_path / "mine" / "household-classification" / "likelihood" / "results.json"
+
+    def card(start: str | None, held_out: str, asked: str) -> str:
+        recipe.model.start_from, recipe.data.held_out = start, held_out
+        (tmp_path / "run" / "recipe.yaml").write_text(to_yaml(recipe))
+        rows = [{"object_id": thing.id} for thing in household_sides(asked)[1]]
+        file.write_text(json.dumps({**json.loads(file.read_text()), "objects": rows}))
+        return model_card("mine", RunFolder(tmp_path / "run"), [tmp_path / "mine"])
+
+    unseen = "on objects that it was not trained on"
+    assert unseen in card(None, "fold-0", "fold-0")
+    assert unseen in card("household-135m", "test", "test")
+    assert unseen not in card("somebody/something", "test", "test")
+    fold, test = ({thing.id for thing in household_sides(part)[1]} for part in ("fold-0", "test"))
+    assert f"which asked about {len(test - fold)} objects that it was trained on" in card(None, "fold-0", "test")
+    told = card("household-135m", "fold-0", "fold-0")
+    assert f"which asked about {len(fold - test)} objects that it was trained on" in told
+    assert f"Its stages held out other objects (fold-0, test): {len(fold & test)} were seen by none." in told
 
 
 def test_a_start_that_is_no_folder_leads_to_no_earlier_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("household-align")
-    recipe.model.start_from = "household-135m-pretrain"
+    recipe.model.start_from = "somebody/something"
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     assert [stage.name for stage in stages(RunFolder("."))] == ["household-align"]
+
+
+@pytest.mark.parametrize("bundled", checkpoint.BUNDLED_MODELS)
+def test_a_bundled_start_brings_its_own_stages(bundled: str, tmp_path: Path) -> None:
+    recipe = load_recipe("household-align")
+    recipe.model.start_from = bundled
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    *earlier, last = stages(RunFolder(tmp_path))
+    assert last.name == "household-align"
+    assert [stage.name for stage in earlier] == list(BUNDLED_STAGES[bundled])
+    for before, after in itertools.pairwise(earlier):
+        assert after.model.start_from == f"runs/{before.name}/model"
+    assert earlier[-1].name == ("household-135m-caption" if bundled == "household-135m" else bundled)
 
 
 @pytest.mark.parametrize("named", ["first", "first/model"])

@@ -18,6 +18,16 @@ from pointalign.models.language_model import EMBEDDED
 from pointalign.models.pointalign import PointAlignConfig
 from pointalign.run_folder import RunFolder
 
+# By bundled model, the recipes that made it.
+BUNDLED_STAGES = {
+    "household-135m-pretrain": ("household-135m-encoder", "household-135m-pretrain"),
+    "household-135m": (
+        "household-135m-encoder",
+        "household-135m-pretrain",
+        "household-135m-align",
+        "household-135m-caption",
+    ),
+}
 # What an alignment loss holds point tokens to, by `alignment.target`.
 TARGETS = {
     "qformer": "the Q-Former's output",
@@ -43,11 +53,19 @@ processor = PointAlignProcessor.from_pretrained("{name}")
 
 
 def stages(run: RunFolder) -> list[Recipe]:
-    """The recipes of a run and of those that it builds on, the first one first, as far as their folders are there."""
+    """The recipes of a run and of those that it builds on, the first one first, as far as they are known.
+
+    Of a folder that is no run's, or a Hub id, nothing is known: the first recipe then starts from it.
+    """
     recipe = load_recipe(run.recipe_file)
-    start = Path(resolve_model(recipe.model.start_from)) if recipe.model.start_from else None
-    earlier = RunFolder(start.parent) if start and start.is_dir() else None
-    return [*(stages(earlier) if earlier and earlier.recipe_file.is_file() else []), recipe]
+    start = recipe.model.start_from
+    if start is None:
+        return [recipe]
+    folder = Path(resolve_model(start))
+    if str(folder) in BUNDLED_STAGES and not (folder / "config.json").is_file():
+        return [*map(load_recipe, BUNDLED_STAGES[str(folder)]), recipe]
+    earlier = RunFolder(folder.parent)
+    return [*(stages(earlier) if folder.is_dir() and earlier.recipe_file.is_file() else []), recipe]
 
 
 def model_card(name: str, run: RunFolder, evaluations: Sequence[Path]) -> str:
@@ -67,8 +85,8 @@ def model_card(name: str, run: RunFolder, evaluations: Sequence[Path]) -> str:
     processor = json.loads((run.model / "processor_config.json").read_text(encoding="utf-8"))
     embedded = EMBEDDED.get(config.language_model)
     base = embedded.hub_id if embedded else config.language_model or "its language model"
-    household = any(recipe.data.source == HOUSEHOLD for recipe in recipes)
-    ours = bool(embedded) and all(recipe.data.source == HOUSEHOLD for recipe in recipes)
+    household = all(recipe.data.source == HOUSEHOLD for recipe in recipes)
+    ours = bool(embedded) and household and recipes[0].model.start_from is None
     connector = "a Q-Former connector" if config.connector_config.kind == "qformer" else "a connector"
     front = {
         **({"license": "apache-2.0"} if ours else {}),
@@ -91,9 +109,9 @@ def model_card(name: str, run: RunFolder, evaluations: Sequence[Path]) -> str:
             "",
             USE.format(name=name),
             "",
-            *_files(aligned=recipes[-1].alignment.weight > 0),
+            *_files(config.language_model, bool(embedded), aligned=recipes[-1].alignment.weight > 0),
             *_training(recipes),
-            *_measured(name, evaluations),
+            *_measured(name, evaluations, recipes),
             *_data(recipes, ours),
             "## What it cannot do",
             "",
@@ -103,11 +121,13 @@ def model_card(name: str, run: RunFolder, evaluations: Sequence[Path]) -> str:
     )
 
 
-def _files(aligned: bool) -> list[str]:
+def _files(language_model: str | None, embedded: bool, aligned: bool) -> list[str]:
+    where = "from its own package" if embedded else f"from {language_model}"
+    whose = "is in the folder" if language_model is None else f"is not in the folder: it comes {where}"
     projector = " `alignment_projector.safetensors` served training alone." if aligned else ""
     return [
         "Matrices are stored in bfloat16, vectors in float32; everything is float32 again when it is loaded. The language",
-        f"model is not in the folder: it comes from its own package.{projector}",
+        f"model {whose}.{projector}",
         "",
     ]
 
@@ -173,13 +193,14 @@ def result_files(evaluation: Path) -> list[Path]:
     return sorted(evaluation.glob(f"*/*/{RESULTS_FILE}"))
 
 
-def _measured(name: str, evaluations: Sequence[Path]) -> list[str]:
-    rows = []
+def _measured(name: str, evaluations: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
+    rows, asked = [], set()
     for number, folder in enumerate(evaluations):
         for file in result_files(folder):
             result = read_results(file)
             told = name if number == 0 else str(result["model"])
             rows += [f"| {result['benchmark']} | {cell(told)} | {row} |" for row in _rows(result)]
+            asked |= {(result["benchmark"].startswith(HOUSEHOLD), row["object_id"]) for row in result["objects"]}
     if not rows:
         return ["## What was measured", "", "Nothing yet.", ""]
     return [
@@ -189,10 +210,25 @@ def _measured(name: str, evaluations: Sequence[Path]) -> list[str]:
         "| --- | --- | --- | ---: | ---: |",
         *rows,
         "",
-        f"By `pointalign evaluate --model {name}`, on objects that it was not trained on. Accuracy by likelihood: the most "
-        "probable of all class names wins. Similarities: cosine x 100 of sentence embeddings with a reference caption.",
+        f"By `pointalign evaluate --model {name}`{_on_what(asked, recipes)}. Accuracy by likelihood: the most probable of all "
+        "class names wins. Similarities: cosine x 100 of sentence embeddings with a reference caption.",
         "",
     ]
+
+
+def _on_what(asked: set[tuple[bool, str]], recipes: Sequence[Recipe]) -> str:
+    """What is known of whether a model was trained on the objects that it was asked about, each household's or another's."""
+    seen = len({(True, object_id) for object_id in _objects(recipes, trained=True)} & asked)
+    if seen:
+        return f", which asked about {seen} objects that it was trained on"
+    known = recipes[0].model.start_from is None and all(recipe.data.source == HOUSEHOLD for recipe in recipes)
+    return ", on objects that it was not trained on" if known and all(household for household, _ in asked) else ""
+
+
+def _objects(recipes: Sequence[Recipe], trained: bool) -> set[str]:
+    """Ids of household's objects that some stage was trained on, or held out."""
+    parts = {recipe.data.held_out for recipe in recipes if recipe.data.source == HOUSEHOLD}
+    return {thing.id for part in parts for thing in household_sides(part)[0 if trained else 1]}
 
 
 def _rows(result: Mapping[str, Any]) -> list[str]:
@@ -218,6 +254,7 @@ def _data(recipes: Sequence[Recipe], ours: bool) -> list[str]:
         "",
         *_household(recipes),
         *_own(recipes),
+        *_unknown(recipes[0].model.start_from),
         "",
         f"{licence} Where a law takes weights for an adaptation of what they learnt from, the licences above go with them.",
         "",
@@ -229,8 +266,7 @@ def _household(recipes: Sequence[Recipe]) -> list[str]:
     parts = sorted({recipe.data.held_out for recipe in recipes if recipe.data.source == HOUSEHOLD})
     if not parts:
         return []
-    held = {thing.id for part in parts for thing in household_sides(part)[1]}
-    trained = {thing.id for part in parts for thing in household_sides(part)[0]}
+    trained, held = _objects(recipes, trained=True), _objects(recipes, trained=False)
     collections = "; ".join(f"{one.name}: {one.licence}" for one in COLLECTIONS)
     lines = [
         f"* **household**: {len(trained)} objects of the Debian package sweethome3d-furniture, by the artists that NOTICE "
@@ -244,6 +280,10 @@ def _household(recipes: Sequence[Recipe]) -> list[str]:
         *lines,
         "* The conversations were written by rules from names, labels, colours and sizes; no other model wrote them.",
     ]
+
+
+def _unknown(start: str | None) -> list[str]:
+    return [f"* What **{cell(start)}**, which it started from, had learnt from, its own card tells."] if start else []
 
 
 def _held_out(parts: Sequence[str], count: int) -> str:

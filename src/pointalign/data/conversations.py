@@ -336,10 +336,9 @@ class Collator:
         batch = self._padded(ids, labels) if self.packing is None else self._packed(ids, labels, self.packing)
         batch["logits_to_keep"] = (batch["labels"][:, 1:] != -100).any(dim=0).nonzero().flatten()
         positions = self.alignment_positions
-        batch["alignment_mask"] = batch["input_ids"] == self.processor.point_token_id
-        if positions:
-            batch["alignment_mask"] = positions(batch["labels"])
-            batch["alignment_mask"][[not sample["points"] for sample in samples]] = False
+        placeholders = batch["input_ids"] == self.processor.point_token_id
+        with_cloud = placeholders.any(dim=1, keepdim=True)
+        batch["alignment_mask"] = positions(batch["labels"]) & with_cloud if positions else placeholders
         clouds = [cloud for sample in samples for cloud in sample["points"]]
         if clouds:
             batch.update({name: torch.stack([cloud[name] for cloud in clouds]) for name in clouds[0]})
