@@ -82,7 +82,8 @@ def _verdict(n: int, difference: Mapping[str, Mapping[str, Any]]) -> str:
     told = "cannot tell" if difference["correct"]["inside_noise"] else "suggests, from one seed only,"
     return (
         f"**{n} objects prove little.** The 95 % interval of the difference in accuracy is {half:.1f} points wide on each "
-        f"side ({100 * low:+.1f} to {100 * high:+.1f}), and one object moves accuracy by {100 / n:.1f} points: this run "
+        f"side ({100 * low:+.1f} to {100 * high:+.1f}; exact McNemar test, p = {difference['correct']['p_value']:.2g}), and "
+        f"one object moves accuracy by {100 / n:.1f} points: this run "
         f"{told} whether alignment helps. It shows that both fine-tunes run and what they produce; a claim needs "
         "several seeds and more objects."
     )

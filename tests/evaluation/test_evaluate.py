@@ -27,6 +27,7 @@ from pointalign.evaluation.results import read_results
 from pointalign.evaluation.run import default_out, evaluate
 from pointalign.evaluation.statistics import wilson_interval
 from pointalign.models.processing import load_processor
+from pointalign.options import Reading
 from pointalign.released import RELEASED_POINT_SUFFIX
 from pointalign.verbs.measuring import BenchmarkName
 
@@ -263,7 +264,21 @@ def test_who_judges_what() -> None:
         make_plan((), "gpt", Sources(), 1)
     with pytest.raises(ConfigError, match="--clouds FOLDER and --truth FILE"):
         make_plan((OWN,), None, Sources(), 1)
+    with pytest.raises(ConfigError, match="is about your own data; name --clouds FOLDER"):
+        make_plan((), None, Sources(reading=Reading(up="z")), 1)
     assert set(get_args(BenchmarkName)) == {*BENCHMARKS, OWN, RETENTION, ALL}
+
+
+def test_how_own_files_are_read_reaches_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Sources] = []
+    monkeypatch.setattr(run_module, "evaluate", lambda model, out, settings: asked.append(settings.sources) or {})
+    own = ["--clouds", "c", "--truth", "t.csv", "--up", "z", "--unit", "0.001", "--columns", "x", "y", "z"]
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "--benchmark", "own", "--out", str(tmp_path), *own])
+    assert ended.value.code == 0
+    assert asked == [
+        Sources(clouds=Path("c"), truth=Path("t.csv"), reading=Reading("z", None, ("x", "y", "z"), None, 0.001))
+    ]
     assert all("captioning" not in SUITS[name] for name in ("likelihood", "match"))
 
 

@@ -105,8 +105,10 @@ def test_sizes_that_files_tell_are_told(own: Path) -> None:
 
 def test_own_files_are_read_as_they_are_said_to_be(own: Path) -> None:
     """Lying on its back and in millimetres: read standing, and as large as it is, with colours or without."""
-    lying = np.random.default_rng(0).random((64, 3)).astype(np.float32) * [100, 200, 300]
+    lying = np.random.default_rng(0).random((64, 3)).astype(np.float32) * np.float32([100, 200, 300])
     np.save(own / "clouds" / "lying.npy", lying)
+    red = np.concatenate([lying, np.tile(np.float32([1, 0, 0, 0.01]), (64, 1))], axis=1)
+    np.save(own / "clouds" / "red.npy", red)
     Path(own / "clouds" / "text.xyz").write_text("\n".join(f"{x} {y} {z}" for x, y, z in lying) + "\n")
     plain, said = (FolderClouds(own / "clouds", how) for how in (Reading(), Reading(up="z", unit=0.001)))
     np.testing.assert_array_equal(plain["lying"], lying)
@@ -116,6 +118,11 @@ def test_own_files_are_read_as_they_are_said_to_be(own: Path) -> None:
         assert isinstance(cloud, PointCloud)
         assert (cloud.colors, cloud.unit) == (None, 0.001)
         np.testing.assert_allclose(np.ptp(cloud.points, axis=0), np.ptp(lying, axis=0)[[0, 2, 1]], rtol=1e-4)
+    standing = np.stack([lying[:, 0], lying[:, 2], -lying[:, 1]], axis=1)
+    turned = FolderClouds(own / "clouds", Reading(up="z"))
+    np.testing.assert_array_equal(turned["red"], np.concatenate([standing, red[:, 3:]], axis=1))
+    np.testing.assert_array_equal(turned["lying"], standing)
+    np.testing.assert_array_equal(said["red"], np.concatenate([standing, red[:, 3:6], 0 * red[:, 6:] + 0.001], axis=1))
     given = Sources(clouds=own / "clouds", truth=own / "truth.csv", reading=Reading(up="z"))
     benchmark = open_benchmark("own-captioning", given)
     assert isinstance(benchmark.clouds, FolderClouds)

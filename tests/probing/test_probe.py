@@ -77,7 +77,7 @@ def test_a_llavas_layers() -> None:
 
 def test_placeholders_that_are_not_whole_clouds(model: Any) -> None:
     ids = torch.full((1, 7), 259)
-    with pytest.raises(DataError, match="7 placeholders are not whole clouds of 5 tokens"):
+    with pytest.raises(DataError, match=r"\[7\] placeholders are not whole clouds of 5 tokens"):
         read_point_tokens(model, {"input_ids": ids}, ids == 259, 5)
 
 

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from pointalign.probing.probes import linear_class, linear_decoding, nearest_class, outcome_difference, standardized
+from pointalign.probing.probes import (
+    Outcome,
+    linear_class,
+    linear_decoding,
+    nearest_class,
+    outcome_difference,
+    standardized,
+)
 
 N = 200
 FOLDS = [(np.arange(100), np.arange(100, N))]
@@ -75,7 +82,21 @@ def test_the_difference_of_two_models_is_paired() -> None:
     told = outcome_difference(bad, good)
     assert told["difference"] == pytest.approx(good.value - bad.value)
     assert not told["inside_noise"]
-    assert outcome_difference(good, good) == {"difference": 0.0, "interval": [0.0, 0.0], "inside_noise": True}
+    assert outcome_difference(good, good) == {
+        "difference": 0.0,
+        "interval": [0.0, 0.0],
+        "p_value": 1.0,
+        "inside_noise": True,
+    }
+
+
+@pytest.mark.parametrize("better", [5, 6])
+def test_few_objects_that_differ_tell_no_difference(better: int) -> None:
+    lost = np.array([1.0] * better + [0.0] * (100 - better))
+    told = outcome_difference(Outcome(lost, np.ones(100)), Outcome(np.zeros(100), np.ones(100)))
+    assert told["interval"][0] > 0
+    assert told["p_value"] == pytest.approx(2 / 2**better)
+    assert told["inside_noise"] == (better == 5)
 
 
 def test_a_column_that_does_not_vary_is_no_number() -> None:

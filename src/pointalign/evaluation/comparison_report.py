@@ -26,8 +26,8 @@ def comparison_lines(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
         f"* second: {', '.join(cell(model) for model in result['second']['models'])}",
         f"* judge: {cell(result['judge'] or 'none')}",
         "",
-        "| measure | first | second | second - first (95 % interval) | n | verdict |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
+        "| measure | first | second | second - first (95 % interval) | p | n | verdict |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for name, found in result["measures"].items():
         scale = 100 if name.startswith(SHARE) else 1
@@ -35,7 +35,8 @@ def comparison_lines(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
         verdict = "inside the noise" if found["inside_noise"] else "**differs**"
         lines.append(
             f"| {name} | {scale * found['first_mean']:.2f} | {scale * found['second_mean']:.2f} | "
-            f"{scale * found['difference']:+.2f} ({low:+.2f} to {high:+.2f}) | {found['n']} | {verdict} |"
+            f"{scale * found['difference']:+.2f} ({low:+.2f} to {high:+.2f}) | {found['p_value']:.2g} | "
+            f"{found['n']} | {verdict} |"
         )
     return [*lines, "", *_sureness(result), "", *_disagreements(result, rows)]
 

@@ -31,7 +31,8 @@ class FolderClouds:
 
     Args:
         folder: where the files lie.
-        reading: how they become clouds; `.npy` files are taken as they are where nothing is said.
+        reading: how they become clouds. Of `.npy` files columns are taken as the field's (xyz, rgb, unit), and all points,
+            where no format, columns or color_max are given.
 
     Raises:
         DataError: when the folder does not exist or holds no such file, or an object has two.
@@ -74,12 +75,25 @@ class FolderClouds:
         if object_id not in self.files:
             raise DataError(f"{self.folder} has no cloud of object {object_id}; complete the folder")
         path = self.files[object_id]
-        if path.suffix.lower() != NUMPY or self.reading != AS_THE_FILE_SAYS:
-            return load_point_cloud(path, **self.reading.options(READ_POINTS))
+        told = self.reading
+        if path.suffix.lower() != NUMPY or told.format or told.columns or told.color_max is not None:
+            return load_point_cloud(path, **told.options(READ_POINTS))
         try:
-            return np.load(path, allow_pickle=False)
+            points = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path} is broken ({error}); copy it again") from error
+        return points if points.ndim != 2 or points.shape[1] not in (3, 6, 7) else _as_told(points, told, str(path))
+
+
+def _as_told(points: np.ndarray, told: Reading, source: str) -> np.ndarray | PointCloud:
+    """A cloud (N, 3), (N, 6) or (N, 7) with y up and its unit, where they are told; its colours stay what they are."""
+    if told.up == "z":
+        points = np.concatenate([points[:, [0, 2]], -points[:, 1:2], points[:, 3:]], axis=1)
+    if told.unit is None:
+        return points
+    if points.shape[1] == 3:
+        return PointCloud(points.astype(np.float32), None, source, unit=told.unit)
+    return np.concatenate([points[:, :6], np.full((len(points), 1), told.unit, np.float32)], axis=1)
 
 
 def _is_counted(path: Path) -> bool:

@@ -10,6 +10,7 @@ from pointalign.evaluation.benchmarks import Benchmark
 from pointalign.evaluation.opening import BENCHMARKS, Sources, open_benchmark
 from pointalign.evaluation.own_data import read_truth
 from pointalign.evaluation.records import TaskKind
+from pointalign.options import AS_THE_FILE_SAYS
 
 DEFAULT = ("household-classification", "household-captioning")
 ALL, OWN, RETENTION = "all", "own", "language-retention"
@@ -65,13 +66,19 @@ def make_plan(names: Sequence[str], judge: str | None, sources: Sources, limit: 
         limit: only so many objects of each.
 
     Raises:
-        ConfigError: for an unknown name or judge, a judge that does not suit the only benchmark, or a limit below 1.
+        ConfigError: for an unknown name or judge, a way of reading files without a user's own data, a judge that does not suit
+            the only benchmark, or a limit below 1.
         DataError: when a benchmark's files are missing or broken; with `all` it is left out instead.
     """
     if judge is not None and judge not in (*SUITS, NONE):
         raise ConfigError(f"there is no judge {judge!r}; known are {', '.join((*SUITS, NONE))}")
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit} leaves no object; give 1 or more")
+    if sources.reading != AS_THE_FILE_SAYS and sources.clouds is None:
+        raise ConfigError(
+            "how files are read (up, unit, format, columns, color_max) is about your own data; name --clouds FOLDER and "
+            "--truth FILE, or leave it out"
+        )
     plan = Plan(lenient=ALL in names)
     wanted = [*BENCHMARKS, RETENTION] if plan.lenient else list(dict.fromkeys(names or DEFAULT))
     if OWN in wanted:

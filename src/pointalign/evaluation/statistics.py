@@ -128,13 +128,21 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
         )
     differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
     summary = summarize(differences.tolist(), seed)
-    return {**summary, **_told(differences, summary["interval"], seed)}
+    return {**summary, **verdict(differences, summary["interval"], seed)}
 
 
-def _told(differences: np.ndarray, interval: Sequence[float], seed: int) -> dict[str, Any]:
+def verdict(differences: Values, interval: Sequence[float], seed: int = 0) -> dict[str, Any]:
     """Whether a mean difference can be told from none.
 
     A bootstrap interval alone is too short where few objects differ, and a point where all differ alike.
+
+    Args:
+        differences: one number per object.
+        interval: of their mean, or of their sum over something positive.
+        seed: of the flips.
+
+    Returns:
+        `p_value` of `sign_flip_test`, and `inside_noise`: whether the interval holds zero or that test finds nothing.
     """
     low, high = interval
     p_value = sign_flip_test(differences, seed)
@@ -190,6 +198,18 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     return float(stats.binomtest(only_first, disagreements, 0.5).pvalue) if disagreements else 1.0
 
 
+def pooled_mean(values: Sequence[Sequence[float]], seed: int = 0) -> dict[str, Any]:
+    """`mean`, `n` objects and `interval` over several seeds of training, both resampled as in `pooled_difference`.
+
+    Args:
+        values: for each seed, one number per object.
+        seed: of the resampling (10,000 times).
+    """
+    rows = np.asarray(values, dtype=float)
+    interval = _pigeonhole(rows, np.zeros_like(rows), True, seed)
+    return {"mean": float(rows.mean()), "n": rows.shape[1], "interval": list(interval)}
+
+
 def pooled_difference(
     first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], seed: int = 0
 ) -> dict[str, Any]:
@@ -230,7 +250,7 @@ def pooled_difference(
         "seeds": [len(before), len(after)],
         "paired_seeds": paired,
         "interval": [low, high],
-        **_told(after.mean(axis=0) - before.mean(axis=0), (low, high), seed),
+        **verdict(after.mean(axis=0) - before.mean(axis=0), (low, high), seed),
         "few_seeds": min(len(before), len(after)) < FEW_SEEDS,
     }
     if paired:

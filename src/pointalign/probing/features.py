@@ -59,9 +59,11 @@ def read_point_tokens(
         DataError: when the mask does not hold whole clouds.
         ConfigError: when the decoder's blocks cannot be found.
     """
-    count = int(mask.sum())
-    if not count or count % num_tokens:
-        raise DataError(f"{count} placeholders are not whole clouds of {num_tokens} tokens each; check the prompts")
+    counts = mask.sum(dim=-1)
+    if not counts.any() or (counts % num_tokens).any():
+        raise DataError(
+            f"{counts.flatten().tolist()} placeholders are not whole clouds of {num_tokens} tokens each; check the prompts"
+        )
     means: dict[int, Tensor] = {}
     tokens: dict[int, Tensor] = {}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pointalign.evaluation.statistics import bootstrap_ratio
+from pointalign.evaluation.statistics import bootstrap_ratio, verdict
 
 PENALTIES = tuple(10.0**power for power in range(-2, 7))
 
@@ -42,19 +42,16 @@ class Outcome:
         return [1 - high, 1 - low]
 
 
-def outcome_difference(first: Outcome, second: Outcome, seed: int = 0) -> dict[str, object]:
+def outcome_difference(first: Outcome, second: Outcome, seed: int = 0) -> dict[str, Any]:
     """Second minus first over the same objects, both scored against the same possible loss.
 
     Returns:
-        `difference`, its paired 95 % `interval`, and `inside_noise`.
+        `difference`, its paired 95 % `interval`, and of `verdict` the `p_value` and `inside_noise`.
     """
     gained = first.lost - second.lost
-    low, high = bootstrap_ratio(gained, second.possible, seed)
-    return {
-        "difference": float(gained.sum() / second.possible.sum()),
-        "interval": [low, high],
-        "inside_noise": low <= 0 <= high,
-    }
+    interval = list(bootstrap_ratio(gained, second.possible, seed))
+    difference = float(gained.sum() / second.possible.sum())
+    return {"difference": difference, "interval": interval, **verdict(gained, interval, seed)}
 
 
 def nearest_class(features: np.ndarray, labels: np.ndarray, folds: Folds, k: int) -> Outcome:
