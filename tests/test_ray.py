@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from pointalign.answering.attempts import Attempts
-from pointalign.answering.cluster import TRIES, Task, Worker
+from pointalign.answering.cluster import TRIES, OnRay, Task, Worker
 from pointalign.answering.files import answer_files
 from pointalign.answering.jobs import caption_job, classify_job
 from pointalign.cli import main
@@ -166,6 +166,10 @@ def test_a_worker_answers_as_this_process(work: Any, folder: Path) -> None:
     assert {path: {"path": path, **row} for path, row in zip(paths, answered["row"], strict=True)} == rows(
         "local.jsonl"
     )
+
+
+def test_nothing_that_can_be_read_needs_no_cluster() -> None:
+    assert list(OnRay.batches(OnRay.__new__(OnRay), [])) == []
 
 
 def test_a_batch_whose_worker_always_dies_is_given_up(work: Any) -> None:

@@ -23,6 +23,7 @@ from pointalign.data.pack import pack_clouds
 from pointalign.data.packed import INDEX_FILE, JOURNAL_FILE, PackedClouds
 from pointalign.data.sources import open_clouds, read_clouds
 from pointalign.errors import ConfigError, DataError, MissingDependencyError
+from pointalign.storage import taken_lock
 
 
 @pytest.fixture(autouse=True)
@@ -418,6 +419,14 @@ def test_folders_that_are_not_to_be_touched(folder, out, tmp_path):
         pack_clouds(tmp_path / "nowhere", out)
     with pytest.raises(ConfigError, match="--readers 0"):
         pack_clouds(folder, out, readers=0)
+
+
+def test_one_process_packs_into_a_folder_at_a_time(folder, out):
+    pack_clouds(folder, out)
+    with taken_lock(out / JOURNAL_FILE), pytest.raises(DataError, match=r"another process is writing .*_pack\.jsonl"):
+        pack_clouds(folder, out)
+    assert_same(PackedClouds(out), folder)
+    pack_clouds(folder, out)
 
 
 def test_a_disk_that_is_full(folder, out, monkeypatch):

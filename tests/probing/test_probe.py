@@ -100,8 +100,17 @@ def test_names_that_tell_models_apart() -> None:
     assert short_names(["/x/demo/baseline/model", "/x/demo/aligned/model"]) == ["baseline", "aligned"]
     assert short_names(["hub/one"]) == ["hub/one"]
     assert short_names(["a", "a/b"]) == ["a", "a/b"]
-    with pytest.raises(ConfigError, match="named twice"):
-        short_names(["m", "m"])
+    with pytest.raises(ConfigError, match="m is named twice"):
+        short_names(["a", "m", "m"])
+
+
+def test_one_model_in_two_spellings_is_named_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "b").symlink_to("runs/a")
+    for other in ("runs/a/", "./runs/a", "b"):
+        with pytest.raises(ConfigError, match="runs/a is named twice; name different models"):
+            short_names(["runs/a", other])
 
 
 @pytest.fixture(scope="module")

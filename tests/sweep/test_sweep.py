@@ -24,7 +24,7 @@ from pointalign.cli import main
 from pointalign.data.household import load_household
 from pointalign.data.household_split import household_sides
 from pointalign.data.household_text import build_instructions
-from pointalign.errors import ConfigError
+from pointalign.errors import ConfigError, DataError
 from pointalign.evaluation.asking import load_model
 from pointalign.evaluation.held_out_loss import held_out_loss
 from pointalign.storage import lock_of
@@ -90,6 +90,8 @@ def test_the_experiments_are_sweeps() -> None:
         ({"armz": {}}, "unknown key 'armz'; did you mean 'arms'?"),
         ({"arms": {}}, "arms and seeds hold at least one each"),
         ({"arms": {"a/b": {}}}, "the arm 'a/b' becomes a folder"),
+        ({"arms": {1: {}, 2: {}}, "against": "foo"}, "YAML reads the arm 1 as no name; put it in quotes"),
+        ({"arms": {True: {}}}, "YAML reads the arm True as no name; put it in quotes"),
         ({"arms": {"a": 3}}, "arms: a holds settings of its own"),
         (
             {"arms": {"a": {"alignment": {"wight": 1}}}},
@@ -185,6 +187,14 @@ def test_the_order_of_objects_in_a_file_does_not_matter() -> None:
     turned = {measure: dict(reversed(found.items())) for measure, found in values([0, 1, 1]).items()}
     rows = build_table({("a", 0): values([0, 1, 1]), ("b", 0): turned}, "a")["accuracy"]
     assert rows["b"]["difference"]["interval"] == [0, 0]
+
+
+def test_runs_about_different_objects_are_not_paired() -> None:
+    other = {measure: {"p0": 0.0, "p1": 1.0} for measure in MEASURES}
+    with pytest.raises(DataError, match="b, seed 0, and a, seed 0, measured accuracy on different objects; delete one"):
+        build_table({("a", 0): values([0, 1]), ("b", 0): other}, "a")
+    with pytest.raises(DataError, match="a, seed 1, and a, seed 0, measured accuracy on different objects"):
+        build_table({("a", 0): values([0, 1]), ("a", 1): values([0, 1, 1])}, "a")
 
 
 # Whole sweeps
