@@ -39,8 +39,6 @@ CHAT_TEMPLATE = (
 )
 BACKBONE, PROJECTION = "model.point_backbone.", "model.point_proj."
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# PointLLM puts its tokens behind the vocabulary in this order: patch, start, end.
-ADDED_TOKENS = 3
 
 
 def our_name(name: str) -> str | None:
@@ -66,6 +64,10 @@ def _text_config(values: dict[str, Any], weights: WeightStack, dtype: torch.dtyp
     return config
 
 
+def _marks_clouds(values: dict[str, Any]) -> bool:
+    return values.get("mm_use_point_start_end", True)
+
+
 def _build_processor(
     folder: Path, values: dict[str, Any], config: PointAlignConfig, num_points: int
 ) -> PointAlignProcessor | None:
@@ -76,12 +78,13 @@ def _build_processor(
     patch, start, end = (
         values.get(f"DEFAULT_POINT_{name}_TOKEN", f"<point_{name.lower()}>") for name in ("PATCH", "START", "END")
     )
-    if unknown := [token for token in (patch, start, end) if token not in tokenizer.get_vocab()]:
+    marked = _marks_clouds(values)
+    needed = (patch, start, end) if marked else (patch,)
+    if unknown := [token for token in needed if token not in tokenizer.get_vocab()]:
         raise ConfigError(
             f"the tokenizer in {folder} does not know {unknown[0]!r}; take the folder that PointLLM published"
         )
     config.point_token_id = tokenizer.convert_tokens_to_ids(patch)
-    marked = values.get("mm_use_point_start_end", True)
     encoder: Any = config.point_encoder_config
     return PointAlignProcessor(
         tokenizer,
@@ -120,7 +123,8 @@ def load_pointllm(
         point_encoder_config=point_encoder_config(weights, num_groups, group_size, point_encoder_heads),
         connector_config=ConnectorConfig(kind="mlp", hidden_sizes=hidden),
         text_config=text_config,
-        point_token_id=text_config.vocab_size - ADDED_TOKENS,
+        # PointLLM puts its tokens behind the vocabulary in this order: patch, and where clouds are marked start and end.
+        point_token_id=text_config.vocab_size - (3 if _marks_clouds(values) else 1),
     )
     processor = _build_processor(path, values, config, num_points)
     model, report = assemble(config, weights, {"language_model": LoraScale(lora_alpha, 0.05)}, allow_missing, dtype)

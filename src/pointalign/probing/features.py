@@ -137,8 +137,12 @@ def extract_features(
     if not cache.is_full:
         with progress(f"reading layers of {loaded.name}", len(object_ids)) as advance:
             cache.fill(lambda names: _compute(loaded, read_clouds(clouds, names), groups), batch_size, advance)
-    rows = [cache[object_id] for object_id in object_ids]
-    return LayerFeatures(**{name: torch.stack([row[name] for row in rows]).numpy() for name in rows[0]})
+    # Gigabytes of a large model: written into place, and never there twice.
+    read = {name: np.empty((len(object_ids), *row.shape), np.float32) for name, row in cache[object_ids[0]].items()}
+    for number, object_id in enumerate(object_ids):
+        for name, row in cache[object_id].items():
+            read[name][number] = row
+    return LayerFeatures(**read)
 
 
 def _compute(loaded: LoadedModel, clouds: Sequence[np.ndarray], groups: Sequence[int]) -> dict[str, Tensor]:
