@@ -237,7 +237,7 @@ def _rows(result: Mapping[str, Any]) -> list[str]:
         frequent = f"always the most frequent class: {100 * result['majority_rate']:.1f} %"
         return [f"accuracy, {cell(result['judge'])} ({frequent}) | {told} | {result['n']}"]
     return [
-        f"{measure} | {points(metric['mean'], metric['interval'])} | {result['n']}"
+        f"{measure} | {points(metric['mean'], metric['interval'])} | {metric.get('n', result['n'])}"
         for measure, metric in result.get("metrics", {}).items()
         if "absent" not in metric
     ]

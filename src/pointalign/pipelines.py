@@ -258,6 +258,8 @@ def _check_message(message: Any) -> None:
     if not isinstance(message, Mapping) or message.get("role") not in ROLES or "content" not in message:
         raise DataError(f"a message is a dict with role ({', '.join(ROLES)}) and content; this is {message!r:.80}")
     content = message["content"]
+    if not isinstance(content, (str, list, tuple)):
+        raise DataError(f"a message's content is a string or a list of parts; this is {content!r:.80}")
     for part in [] if isinstance(content, str) else content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         wanted = {"text": ("text",), "point_cloud": ("path", "points")}.get(str(kind))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from pointalign.demo import uploads
@@ -83,12 +87,48 @@ def test_files_that_nobody_asks_for_are_deleted_and_many_refused(
         ("..", "file"),
         ("", "file"),
         ("a\x1b[31m\n\x00.ply", "a[31m.ply"),
-        ("x" * 300 + ".ply", "x" * 96 + ".ply"),
-        ("x" * 300, "x" * 100),
+        ("x" * 300 + ".ply", "x" * 196 + ".ply"),
+        ("x" * 300, "x" * 200),
+        ("椅" * 100 + ".ply", "椅" * 65 + ".ply"),
     ],
 )
 def test_names(given: str, kept: str) -> None:
     assert spoken_name(given) == kept
+
+
+JOIN = "/gradio_api/queue/join"
+ADDRESS_TO_FETCH = {"path": "http://a.example/big.bin", "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (
+            json.dumps({"data": ["What is this?", None, 3, ["a", "b"]], "fn_index": 1, "event_data": {"value": "x"}}),
+            200,
+        ),
+        (json.dumps({"event_id": "abc", "session_hash": "d"}), 200),
+        (json.dumps({"data": [ADDRESS_TO_FETCH, None]}), 400),
+        (json.dumps({"data": [["a", [ADDRESS_TO_FETCH]]]}), 400),
+        (json.dumps({"data": ADDRESS_TO_FETCH}), 400),
+        (json.dumps({"data": [ADDRESS_TO_FETCH]}).replace("data", "d\\u0061ta"), 400),
+        (json.dumps([ADDRESS_TO_FETCH]), 400),
+        ("no JSON", 400),
+        ("[" * 60_000, 400),
+        (json.dumps({"data": ["x" * 70_000]}), 413),
+    ],
+    ids=["words", "cancel", "an address", "deeper", "alone", "spelt otherwise", "a list", "no JSON", "deep", "large"],
+)
+def test_requests_are_words_and_not_large(taken: Uploads, body: str, status: int) -> None:
+    async def echo(request: Request) -> Response:
+        return Response(await request.body())
+
+    routes = [Route(JOIN, echo, methods=["POST"])]
+    client = TestClient(Starlette(routes=routes, middleware=[Middleware(Gate, uploads=taken)]))
+    for sent in (body.encode(), iter([body[:40].encode(), body[40:].encode()])):
+        answer = client.post(JOIN, content=sent, headers={"content-type": "application/json"})
+        assert answer.status_code == status
+        assert status != 200 or answer.text == body
 
 
 def test_the_gate_opens_for_the_page_and_nothing_else() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,9 @@ import torch
 from pointalign.errors import DataError
 from pointalign.evaluation import judges
 from pointalign.evaluation.answers import generate_answers, generate_batch, objects_together
-from pointalign.evaluation.judges import LikelihoodJudge, label_log_likelihoods
+from pointalign.evaluation.judges import LikelihoodJudge, label_log_likelihoods, score_question
+from pointalign.evaluation.ledger import Ledger
+from pointalign.evaluation.opening import open_benchmark
 from pointalign.evaluation.records import Answer, Task
 
 
@@ -102,3 +106,14 @@ def test_pieces_are_the_same_for_any_number_of_processes_and_never_too_few(model
 
     assert [together(count, 15) for count in (10, 200, 360, 2468)] == [15, 15, 45, 60]
     assert together(2468, 15, num_beams=2) == 15
+
+
+def test_likelihoods_that_are_no_numbers_are_not_kept(model: Any, processor: Any, tmp_path: Path) -> None:
+    benchmark = replace(open_benchmark("household-classification", limit=2), batch_size=1)
+    ledger = Ledger(tmp_path, "scores", {})
+    model.get_output_embeddings().weight.data.fill_(torch.nan)
+    with pytest.raises(
+        DataError, match="are no finite numbers, so the model's weights are not; train or import it again"
+    ):
+        score_question(model, processor, benchmark, benchmark.questions[0], ledger)
+    assert not ledger.rows()

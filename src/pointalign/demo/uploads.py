@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import secrets
 import shutil
@@ -26,7 +27,9 @@ FORMATS_TAKEN = ",".join(f".{name}" for name in FORMATS)
 ARRIVAL_SECONDS = 300
 KEPT_SECONDS = 300
 MOST_AT_A_TIME = 32
-LONGEST_NAME = 100
+LONGEST_NAME = 200  # bytes; file systems take 255
+# Of any other request: a question and labels have 2,000 letters each.
+MOST_REQUEST_BYTES = 64 * 1024
 # What the page of ours asks for. Gradio can do more: serve files, fetch addresses, take recordings, edit its own code.
 OPEN = re.compile(
     r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(?:assets|static)/(?!.*\.\.)[\w./@-]+"
@@ -42,7 +45,7 @@ class _Waiting:
 
 
 class Uploads:
-    """Files that arrived and were not read yet; each is read once and then deleted, and is deleted unread after a while.
+    """Files that arrived and were not read yet; each is read once and then deleted, an old one unread when another arrives.
 
     Args:
         folder: where they lie meanwhile.
@@ -126,10 +129,13 @@ def spoken_name(name: str) -> str:
     last = name.replace("\\", "/").rpartition("/")[2]
     kept = "".join(letter for letter in last if letter.isprintable() and letter not in ':*?"<>|').strip(". ")
     stem, dot, ending = kept.rpartition(".")
-    short = (
-        f"{stem[: LONGEST_NAME - len(ending) - 1]}{dot}{ending}" if stem and len(ending) < 10 else kept[:LONGEST_NAME]
-    )
-    return short or "file"
+    if not stem or len(ending) >= 10:
+        return _cut(kept, LONGEST_NAME) or "file"
+    return _cut(stem, LONGEST_NAME - len(f"{dot}{ending}".encode())) + dot + ending
+
+
+def _cut(text: str, most_bytes: int) -> str:
+    return text.encode()[:most_bytes].decode(errors="ignore")
 
 
 def _same_site(request: Request) -> bool:
@@ -151,9 +157,45 @@ class Gate:
         self.uploads = uploads
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and OPEN.fullmatch(scope["path"])):
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+        elif scope["type"] == "http" and OPEN.fullmatch(scope["path"]):
+            await self._ask(scope, receive, send)
         elif scope["type"] == "http" and scope["path"] == ADDRESS:
             await (await self.uploads.receive(Request(scope, receive)))(scope, receive, send)
         elif scope["type"] == "http":
             await PlainTextResponse("not here", 404)(scope, receive, send)
+
+    async def _ask(self, scope: Any, receive: Any, send: Any) -> None:
+        """Hand a request on, unless it is larger than any of the page's, or names a file or address for Gradio to fetch."""
+        body, more = b"", scope["method"] not in ("GET", "HEAD")
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+            if len(body) > MOST_REQUEST_BYTES:
+                await PlainTextResponse("the request is too large", 413)(scope, receive, send)
+                return
+        if body and not _is_plain(body):
+            await PlainTextResponse("not here", 400)(scope, receive, send)
+            return
+        unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replayed() -> Any:
+            return unread.pop() if unread else await receive()
+
+        await self.app(scope, replayed, send)
+
+
+def _is_plain(body: bytes) -> bool:
+    """Whether a request's `data` are words and numbers; what Gradio takes for a file, it fetches."""
+    try:
+        asked = json.loads(body)
+        return isinstance(asked, dict) and not _holds_mapping(asked.get("data"))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _holds_mapping(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(map(_holds_mapping, value)))

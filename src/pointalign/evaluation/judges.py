@@ -123,12 +123,20 @@ def score_question(
         question: its `class_text`, else its text, is what the model is asked.
         ledger: keeps the scores; rows hold `log_likelihoods`, one per label.
         advance: called with the number of objects done.
+
+    Raises:
+        DataError: when the model gives something that is no number.
     """
     text, labels = question.class_text or question.text, benchmark.task.labels
 
     def compute(number: int, object_ids: Sequence[str]) -> list[dict[str, Any]]:
         clouds = read_clouds(benchmark.clouds, object_ids)
         scores = label_log_likelihoods(model, processor, clouds, text, CLASS_STEM, class_texts(labels))
+        if len(bad := (~scores.isfinite()).any(dim=1).nonzero()):
+            raise DataError(
+                f"the likelihoods of {object_ids[int(bad[0])]} are no finite numbers, so the model's weights are not; train or "
+                "import it again"
+            )
         return [{"log_likelihoods": row} for row in scores.tolist()]
 
     ledger.fill(

@@ -167,13 +167,18 @@ def _column(rows: list[dict[str, Any]], name: str, path: Path) -> dict[str, str]
     if not any(name in row for row in rows):
         return {}
     values = {row["object_id"]: row.get(name) for row in rows}
-    found = {object_id: "" if value is None else str(value).strip() for object_id, value in values.items()}
+    found = {object_id: "" if value is None else _writable(str(value).strip()) for object_id, value in values.items()}
     blank = [object_id for object_id, value in found.items() if not value]
     if blank:
         raise DataError(
             f"{path} gives no {name} for {len(blank)} of {len(rows)} objects (first: {blank[0]}); fill it in"
         )
     return found
+
+
+def _writable(text: str) -> str:
+    """JSON may hold half a surrogate, which no file takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def read_classes(path: str | Path) -> list[str]:

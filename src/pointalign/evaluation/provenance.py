@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pointalign.models.checkpoint import find_checkpoint, shared_folder
+from pointalign.models.checkpoint import ADAPTED_PARTS, adapter_folder, find_checkpoint, shared_folder
 from pointalign.models.language_model import resolve_language_model
 from pointalign.run_folder import PACKAGES, git_commit
 
@@ -52,7 +52,9 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def _add_folder(digest: Any, folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
+    # A run's or evaluation's own folder may lie in a model's.
+    parts = [folder / adapter_folder(part) for part in ADAPTED_PARTS]
+    for path in sorted(path for place in (folder, *parts) if place.is_dir() for path in place.iterdir()):
         if path.suffix in READ_ENDINGS and path.name not in NOT_READ and path.is_file():
             digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
             with path.open("rb") as file:

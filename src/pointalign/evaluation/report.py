@@ -98,19 +98,24 @@ def _accuracies(result: Mapping[str, Any]) -> list[str]:
 
 
 def _captions(result: Mapping[str, Any]) -> list[str]:
-    lines = ["| measure | mean (95 % interval) | compares with the field's | how |", "| --- | ---: | --- | --- |"]
+    lines = [
+        "| measure | mean (95 % interval) | n | compares with the field's | how |",
+        "| --- | ---: | ---: | --- | --- |",
+    ]
     if result["judge"] is not None:
         score = points(result["score"], result["interval"])
         lines.append(
-            f"| judge {cell(result['judge'])} | {score}, {result['invalid']} invalid | by the same judge and prompt | |"
+            f"| judge {cell(result['judge'])} | {score}, {result['invalid']} invalid | {result['n']} | by the same judge and "
+            "prompt | |"
         )
     for name, metric in result["metrics"].items():
         if "absent" in metric:
-            lines.append(f"| {name} | - | | not measured: {cell(metric['absent'])} |")
+            lines.append(f"| {name} | - | | | not measured: {cell(metric['absent'])} |")
         else:
             value, compares = points(metric["mean"], metric["interval"]), "yes" if metric["comparable"] else "**no**"
-            lines.append(f"| {name} | {value} | {compares} | {cell(metric['how'])} |")
-    return [*lines, "", f"n = {result['n']}. Intervals are bootstraps over objects."]
+            n = metric.get("n", result["n"])
+            lines.append(f"| {name} | {value} | {n} | {compares} | {cell(metric['how'])} |")
+    return [*lines, "", "Intervals are bootstraps over objects."]
 
 
 def _answers_told(result: Mapping[str, Any]) -> str:

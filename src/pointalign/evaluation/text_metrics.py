@@ -106,6 +106,7 @@ def _measured(values: Sequence[float], how: str, comparable: bool = False) -> di
     summary = summarize(values)
     return {
         "mean": summary["mean"],
+        "n": summary["n"],
         "interval": summary["interval"],
         "comparable": comparable,
         "how": how,

@@ -250,6 +250,13 @@ def test_plurals() -> None:
     assert {word: plural(word) for word in words} == words
 
 
+@pytest.mark.parametrize("labels", [["glass", "glasses"], ["glasses", "glass"]])
+def test_a_name_that_is_given_counts_before_a_plural_that_is_made(labels: list[str]) -> None:
+    finder = NameFinder(labels, {})
+    assert finder.find("a pair of glasses") == "glasses"
+    assert finder.find("a glass") == "glass"
+
+
 def test_a_users_own_labels(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("label,synonyms\nHex bolt,bolt; machine screw\nWasher\n,washer fluid\n", encoding="utf-8-sig")

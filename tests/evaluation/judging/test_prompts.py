@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 from pointalign.errors import ConfigError, DataError
 from pointalign.evaluation.judging import load_task
-from pointalign.evaluation.judging.prompts import KINDS, load_prompts, read_reply
+from pointalign.evaluation.judging.prompts import KINDS, admissible_replies, load_prompts, read_reply
 from pointalign.evaluation.records import Answer, Task
 
 CHAIR = Answer("a", 8, "a seat", "chair")
@@ -143,3 +145,14 @@ def test_a_class_is_no_description() -> None:
         DataError, match="the ground_truth of a is 8, not a description; for a file of classes use --task"
     ):
         load_prompts().fill(Task("captioning"), CHAIR)
+
+
+@pytest.mark.parametrize("label", ["misc.", "c#", "cafe\u0301", "'quoted'", "a#b"])
+def test_every_admissible_reply_can_be_read(label: str) -> None:
+    task, answer = Task("closed-set", ("chair", label)), replace(CHAIR, ground_truth=0)
+    for reply in admissible_replies(task):
+        for text in (reply, f"{reply}#because", f"{reply}\nbecause", unicodedata.normalize("NFC", reply)):
+            verdict = read_reply(task, answer, text)
+            index = int(reply.partition("#")[0])
+            assert (verdict.valid, verdict.predicted) == (True, None if index < 0 else task.labels[index]), text
+    assert not read_reply(task, answer, "1#chair").valid

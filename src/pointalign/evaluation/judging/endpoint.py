@@ -135,8 +135,21 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     except RuntimeError:
         asyncio.run(work)
         return
+    begun: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+
+    async def noted() -> None:
+        begun.extend((asyncio.get_running_loop(), task) for task in [asyncio.current_task()] if task)
+        await work
+
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, work).result()
+        running = pool.submit(asyncio.run, noted())
+        try:
+            running.result()
+        except BaseException:
+            if not running.done():  # Ctrl-C reaches this thread alone
+                for loop, task in begun:
+                    loop.call_soon_threadsafe(task.cancel)
+            raise
 
 
 class _Session:
@@ -244,11 +257,12 @@ def _read_completion(completion: Any) -> Reply:
     text = getattr(choices[0].message, "content", None) or ""
     if not isinstance(text, str):
         raise ValueError("a reply that is not text")
-    usage = completion.usage
+    counts = (getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+    prompt_tokens, reply_tokens = (count if isinstance(count, int) else None for count in counts)
     return Reply(
-        text,
-        getattr(usage, "prompt_tokens", None),
-        getattr(usage, "completion_tokens", None),
+        text.encode("utf-8", "replace").decode(),  # half a surrogate could not be written down
+        prompt_tokens,
+        reply_tokens,
         choices[0].finish_reason,
         completion.model,
     )

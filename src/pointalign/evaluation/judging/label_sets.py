@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import unicodedata
 from collections import Counter
 from importlib import resources
 from pathlib import Path
@@ -87,8 +88,8 @@ def synonyms_of(task: Task) -> dict[str, tuple[str, ...]]:
 
 
 def plain_name(text: object) -> str:
-    """A class's name as it is compared: lower case, blanks for underscores and hyphens."""
-    return " ".join(str(text).casefold().replace("_", " ").replace("-", " ").split())
+    """A class's name as it is compared: lower case, composed letters, blanks for underscores and hyphens."""
+    return " ".join(unicodedata.normalize("NFKC", str(text)).casefold().replace("_", " ").replace("-", " ").split())
 
 
 def true_label(task: Task, answer: Answer) -> str:

@@ -62,11 +62,14 @@ class NameFinder:
     """
 
     def __init__(self, labels: Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> None:
-        self.names: dict[tuple[str, ...], str] = {}
-        for label in (NO_CLASS, *labels):
-            for name in (*synonyms.get(plain_name(label), ()), label):
-                if words := tuple(tokenize(name)):
-                    self.names.update({words: label, (*words[:-1], plural(words[-1])): label})
+        told = [
+            (words, label)
+            for label in (NO_CLASS, *labels)
+            for name in (*synonyms.get(plain_name(label), ()), label)
+            if (words := tuple(tokenize(name)))
+        ]
+        # A name that is given counts before a plural that is made: "glasses" beside "glass".
+        self.names = {(*words[:-1], plural(words[-1])): label for words, label in told} | dict(told)
         self.longest = max(map(len, self.names))
 
     def find(self, text: str) -> str | None:

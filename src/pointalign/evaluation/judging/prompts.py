@@ -24,7 +24,8 @@ REQUIRED = {
 PLACEHOLDER = re.compile(r"\{(answer|reference|labels)\}")
 # Models that reason aloud do so before the reply proper; some chat templates write the opening tag themselves.
 THINKING = re.compile(r"\A\s*(?:<think>)?.*?</think>", re.DOTALL)
-CLASS_REPLY = re.compile(r"\s*(-?\d+)\s*#\s*([^#\n]+?)\s*(?:#|\n|\Z)")
+CLASS_REPLY = re.compile(r"\s*(-?\d+)\s*#\s*(\S[^\n]*)")
+AROUND_NAMES = "\"'`*. "
 SAME_REPLY = re.compile(r"\s*([TF])\s*(?:[#.,:;\n]|\Z)")
 SCORE_REPLY = re.compile(r"\s*(\d{1,3}(?:\.\d+)?)\s*(?:%|/\s*100)?\s*(?:#|\n|\Z)")
 NO_INDEX = -1
@@ -131,12 +132,19 @@ def read_reply(task: Task, answer: Answer, text: str) -> Verdict:
 def _read_class(task: Task, answer: Answer, text: str, said: str) -> Verdict:
     found = CLASS_REPLY.match(said)
     if found is not None:
-        index, name = int(found[1]), plain_name(found[2].strip("\"'`*."))
+        index, rest = int(found[1]), found[2]
         if index == NO_INDEX:
             return class_verdict(task, answer, None, text)
-        if 0 <= index < len(task.labels) and plain_name(task.labels[index]) == name:
+        if 0 <= index < len(task.labels) and _names(rest, task.labels[index]):
             return class_verdict(task, answer, task.labels[index], text)
     return Verdict(answer.object_id, False, reply=text)
+
+
+def _names(rest: str, label: str) -> bool:
+    """Whether a reply behind its index is a class's name, with or without a reason; a name may hold the `#` itself."""
+    marks = label.count("#")
+    name = "#".join(rest.split("#")[: marks + 1])
+    return plain_name(name.strip(AROUND_NAMES)) == plain_name(label.strip(AROUND_NAMES))
 
 
 def _read_same(task: Task, answer: Answer, text: str, said: str) -> Verdict:
