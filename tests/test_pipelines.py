@@ -148,6 +148,12 @@ BAD_INPUTS: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "no messages": ("chat", [[]], {}, "a conversation is a list of messages"),
     "no role": ("chat", [{"content": "x"}], {}, "a message is a dict with role"),
     "answered": ("chat", [{"role": "assistant", "content": "x"}], {}, "the last message is not the user's"),
+    "no content": (
+        "chat",
+        [{"role": "user", "content": None}],
+        {},
+        "a message's content is a string or a list of parts",
+    ),
     "unknown part": ("chat", [{"role": "user", "content": [{"type": "image"}]}], {}, "a part of a message is"),
     "part without cloud": ("chat", [{"role": "user", "content": [{"type": "point_cloud"}]}], {}, "with path or points"),
     "too long": ("chat", [{"role": "user", "content": "x" * 600}], {}, "more than the language model's 512"),

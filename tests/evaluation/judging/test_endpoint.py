@@ -19,6 +19,7 @@ import pytest
 from pointalign.cli import main
 from pointalign.errors import ConfigError, JudgeError, MissingDependencyError
 from pointalign.evaluation.judging import build_judge, judge_answers, load_task
+from pointalign.evaluation.judging.endpoint import _run
 from pointalign.evaluation.records import Task
 
 pytest.importorskip("openai", reason="the openai package is not installed: pip install 'pointalign[judge]'")
@@ -270,6 +271,42 @@ def test_half_a_character_is_sent_as_a_question_mark(server: Any, tmp_path: Path
     (tmp_path / "a.json").write_text(f'{{"prompt": "?", "results": [{entry}]}}')
     assert judge_answers(tmp_path / "a.json", OPEN, judge_for(server), tmp_path / "out.json")["n"] == 1
     assert "chair ?" in server.prompts[0]
+
+
+def test_half_a_character_in_a_reply_is_kept_as_a_question_mark(
+    server: Any, captions_file: Path, tmp_path: Path
+) -> None:
+    server.reply = lambda prompt: "T#\ud83d"
+    judge_answers(captions_file, OPEN, judge_for(server), tmp_path / "out.json")
+    written = (tmp_path / "out.json").read_text(encoding="utf-8")
+    assert "T#?" in written
+    assert "ud83d" not in written
+
+
+def test_ctrl_c_in_a_notebook_ends_the_requests() -> None:
+    """There an event loop runs already, and the requests' own in another thread, which a signal does not reach."""
+    ended = []
+
+    async def requests() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(time.monotonic())
+
+    async def cell() -> None:
+        _run(requests())
+
+    start, notebook = time.monotonic(), asyncio.new_event_loop()
+    alarm = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            notebook.run_until_complete(cell())
+    finally:
+        signal.signal(signal.SIGALRM, alarm)
+        notebook.close()
+    assert ended
+    assert ended[0] - start < 20
 
 
 @pytest.mark.parametrize("content", [["T"], 7, {"text": "T"}])
