@@ -18,7 +18,7 @@ from pointalign.models.checkpoint import ADAPTED_PARTS, WEIGHTS_FILE, adapter_fo
 from pointalign.models.language_model import EMBEDDED
 from pointalign.run_folder import RunFolder
 from pointalign.runs import PROJECTOR_FILE
-from pointalign.storage import write_text, written_folder
+from pointalign.storage import lie_in_each_other, write_text, written_folder
 
 ADAPTER = adapter_folder("language_model")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -134,10 +134,8 @@ def _check_start(start: Path, model: Path) -> None:
 
 def _check_place(out: Path, runs: Sequence[Path]) -> None:
     """See that nothing is lost when a folder takes this place: it is free, empty or holds an earlier bundle."""
-    place = out.resolve()
     for run in runs:
-        whole = run.resolve()
-        if place.is_relative_to(whole) or whole.is_relative_to(place):
+        if lie_in_each_other(out, run):
             raise CheckpointError(f"{out} and the run {run} lie in each other; name another --out")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; name a folder as --out")

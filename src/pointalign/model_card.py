@@ -86,7 +86,7 @@ def model_card(name: str, run: RunFolder, evaluations: Sequence[Path]) -> str:
     embedded = EMBEDDED.get(config.language_model)
     base = embedded.hub_id if embedded else config.language_model or "its language model"
     household = all(recipe.data.source == HOUSEHOLD for recipe in recipes)
-    ours = bool(embedded) and household and recipes[0].model.start_from is None
+    ours = bool(embedded) and _all_is_known(recipes)
     connector = "a Q-Former connector" if config.connector_config.kind == "qformer" else "a connector"
     front = {
         **({"license": "apache-2.0"} if ours else {}),
@@ -221,8 +221,13 @@ def _on_what(asked: set[tuple[bool, str]], recipes: Sequence[Recipe]) -> str:
     seen = len({(True, object_id) for object_id in _objects(recipes, trained=True)} & asked)
     if seen:
         return f", which asked about {seen} objects that it was trained on"
-    known = recipes[0].model.start_from is None and all(recipe.data.source == HOUSEHOLD for recipe in recipes)
-    return ", on objects that it was not trained on" if known and all(household for household, _ in asked) else ""
+    unseen = _all_is_known(recipes) and all(household for household, _ in asked)
+    return ", on objects that it was not trained on" if unseen else ""
+
+
+def _all_is_known(recipes: Sequence[Recipe]) -> bool:
+    """Whether a model learnt from the bundled objects and those that joined them alone, from the first stage on."""
+    return recipes[0].model.start_from is None and all(recipe.data.source == HOUSEHOLD for recipe in recipes)
 
 
 def _objects(recipes: Sequence[Recipe], trained: bool) -> set[str]:

@@ -80,6 +80,12 @@ def written_folder(target: Path, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def lie_in_each_other(one: Path, other: Path) -> bool:
+    """Whether writing one of two folders anew would take the other, or a part of it."""
+    first, second = one.resolve(), other.resolve()
+    return first.is_relative_to(second) or second.is_relative_to(first)
+
+
 def _move(folder: Path, target: Path, replace: bool) -> None:
     if replace and target.exists():
         old = folder.with_name(folder.name + "-old")

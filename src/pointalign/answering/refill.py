@@ -182,7 +182,8 @@ def refilled_ids(
         else:
             assert live is not None
             live.mask = F.pad(live.mask, (0, 1), value=1)
-            live.mask[live.idle, -1] = 0
+            if live.idle:
+                live.mask[live.idle, -1] = 0
             live.tokens = _next_tokens(model, live.cache, live.mask, input_ids=live.tokens)
             fresh = live.numbers
         live = _without_ended(live, fresh, written, max_new_tokens, ends, rows)

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from pointalign.data.files import load_point_cloud
-from pointalign.data.files.cloud import PointCloud
+from pointalign.data.files.cloud import PointCloud, turned_up
 from pointalign.data.files.source import FORMATS
 from pointalign.errors import DataError
+from pointalign.evaluation.records import writable
 from pointalign.options import AS_THE_FILE_SAYS, Reading
 
 NUMPY = ".npy"
@@ -88,7 +89,7 @@ class FolderClouds:
 def _as_told(points: np.ndarray, told: Reading, source: str) -> np.ndarray | PointCloud:
     """A cloud (N, 3), (N, 6) or (N, 7) with y up and its unit, where they are told; its colours stay what they are."""
     if told.up == "z":
-        points = np.concatenate([points[:, [0, 2]], -points[:, 1:2], points[:, 3:]], axis=1)
+        points = np.concatenate([turned_up(points[:, :3]), points[:, 3:]], axis=1)
     if told.unit is None:
         return points
     if points.shape[1] == 3:
@@ -167,18 +168,13 @@ def _column(rows: list[dict[str, Any]], name: str, path: Path) -> dict[str, str]
     if not any(name in row for row in rows):
         return {}
     values = {row["object_id"]: row.get(name) for row in rows}
-    found = {object_id: "" if value is None else _writable(str(value).strip()) for object_id, value in values.items()}
+    found = {object_id: "" if value is None else writable(str(value).strip()) for object_id, value in values.items()}
     blank = [object_id for object_id, value in found.items() if not value]
     if blank:
         raise DataError(
             f"{path} gives no {name} for {len(blank)} of {len(rows)} objects (first: {blank[0]}); fill it in"
         )
     return found
-
-
-def _writable(text: str) -> str:
-    """JSON may hold half a surrogate, which no file takes."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def read_classes(path: str | Path) -> list[str]:

@@ -22,7 +22,7 @@ from pointalign.models.checkpoint import ADAPTED_PARTS
 from pointalign.models.point_encoder import PointEncoderConfig
 from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
 from pointalign.models.processing import PointAlignProcessor
-from pointalign.storage import written_folder
+from pointalign.storage import lie_in_each_other, written_folder
 
 PROJECTOR_FILE = "alignment_projector.safetensors"
 PROJECTOR_PREFIX = "alignment_projector."
@@ -278,10 +278,8 @@ def check_place(out: Path, read: Sequence[str | Path] = ()) -> None:
     Raises:
         CheckpointError: when something else is there, or what is read lies in the folder or around it.
     """
-    place = out.resolve()
     for source in (Path(name) for name in read if Path(name).exists()):
-        whole = source.resolve()
-        if whole.is_relative_to(place) or (whole.is_dir() and place.is_relative_to(whole)):
+        if lie_in_each_other(out, source):
             raise CheckpointError(f"{out} and {source}, which is read, lie in each other; choose a new folder")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; choose a new folder")

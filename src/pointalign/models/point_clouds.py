@@ -20,7 +20,7 @@ class ReadCloud(Protocol):
 
     source: str
 
-    def sized_array(self, missing_color: Sequence[float] | None = None) -> np.ndarray:
+    def sized_array(self, missing_color: Sequence[float]) -> np.ndarray:
         """(N, 7): xyz, rgb and unit."""
         ...
 

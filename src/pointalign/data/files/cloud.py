@@ -10,6 +10,11 @@ import numpy as np
 from pointalign.errors import DataError
 
 
+def turned_up(xyz: np.ndarray) -> np.ndarray:
+    """(N, 3) points whose z is up, turned so that y is."""
+    return np.stack([xyz[:, 0], xyz[:, 2], -xyz[:, 1]], axis=1)
+
+
 @dataclass(frozen=True)
 class PointCloud:
     """A cloud that was read from a file.
@@ -64,10 +69,7 @@ class PointCloud:
             return cloud.points.copy()
         return np.concatenate([cloud.points, cloud.colors], axis=1)
 
-    def sized_array(self, missing_color: Sequence[float] | None = None) -> np.ndarray:
-        """(N, 7) float32: xyz, rgb as in `array`, and the unit of xyz in metres in every row, 0 where it is not known.
-
-        A cloud without colour needs a `missing_color`.
-        """
+    def sized_array(self, missing_color: Sequence[float]) -> np.ndarray:
+        """(N, 7) float32: xyz, rgb as in `array`, and the unit of xyz in metres in every row, 0 where it is not known."""
         unit = np.full((len(self), 1), self.unit or 0, dtype=np.float32)
         return np.concatenate([self.array(missing_color), unit], axis=1)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pointalign.data.files.arrays import read_npy, read_npz
-from pointalign.data.files.cloud import PointCloud
+from pointalign.data.files.cloud import PointCloud, turned_up
 from pointalign.data.files.collada import read_dae
 from pointalign.data.files.columns import Cloud, Column, Table, left_out, read_table, renamed
 from pointalign.data.files.gltf import read_gltf
@@ -145,7 +145,7 @@ def _finished(cloud: Cloud, n_points: int, up: str | None, unit: float | None, s
     """Turn up what is up, keep the digits, and cut to the points that are spread best."""
     notes, xyz = list(cloud.notes), cloud.xyz
     if up == "z":
-        xyz = np.stack([xyz[:, 0], xyz[:, 2], -xyz[:, 1]], axis=1)
+        xyz = turned_up(xyz)
         notes.append("z was up: turned so that y is")
     elif up is None:
         notes.append("y taken as up, for the format does not say; up='z' turns files with z up")

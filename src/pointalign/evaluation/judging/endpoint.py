@@ -16,6 +16,7 @@ from pointalign.evaluation.judging.faults import Fault, judge_fault
 from pointalign.evaluation.judging.prompted import PromptedJudge
 from pointalign.evaluation.judging.prompts import JudgePrompts
 from pointalign.evaluation.judging.replies import UNPRICED, Prices, Reply
+from pointalign.evaluation.records import writable
 from pointalign.progress import say
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -135,10 +136,10 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     except RuntimeError:
         asyncio.run(work)
         return
-    begun: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+    begun: list[tuple[asyncio.AbstractEventLoop, Any]] = []
 
     async def noted() -> None:
-        begun.extend((asyncio.get_running_loop(), task) for task in [asyncio.current_task()] if task)
+        begun.append((asyncio.get_running_loop(), asyncio.current_task()))
         await work
 
     with ThreadPoolExecutor(1) as pool:
@@ -260,7 +261,7 @@ def _read_completion(completion: Any) -> Reply:
     counts = (getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
     prompt_tokens, reply_tokens = (count if isinstance(count, int) else None for count in counts)
     return Reply(
-        text.encode("utf-8", "replace").decode(),  # half a surrogate could not be written down
+        writable(text),
         prompt_tokens,
         reply_tokens,
         choices[0].finish_reason,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pointalign.errors import ConfigError
 from pointalign.evaluation.judging.label_sets import class_verdict, plain_name, reference_text
-from pointalign.evaluation.records import Answer, Task, TaskKind, Verdict
+from pointalign.evaluation.records import Answer, Task, TaskKind, Verdict, writable
 
 KINDS: tuple[TaskKind, ...] = typing.get_args(TaskKind)
 REQUIRED = {
@@ -63,8 +63,7 @@ class JudgePrompts:
         if task.kind != "closed-set":
             values["reference"] = reference_text(answer)
         filled = PLACEHOLDER.sub(lambda found: values.get(found[1], found[0]), text)
-        # Half a character, which a model can produce, cannot be sent.
-        return filled.encode("utf-8", errors="replace").decode("utf-8")
+        return writable(filled)
 
     def _text(self, kind: TaskKind) -> str:
         if kind not in self.texts:
