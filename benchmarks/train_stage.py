@@ -2,8 +2,8 @@
 
     python benchmarks/train_stage.py                          # household data, SmolLM2-135M
     python benchmarks/train_stage.py --size paper --steps 50  # random weights of the paper's sizes, on a GPU
-    python benchmarks/train_stage.py --size paper --steps 100 --cuda-graphs    # recorded; --compile: fused kernels as well
-    python benchmarks/train_stage.py --size paper --steps 100 --cuda-graphs --compile --float8    # products in 8-bit floats
+    python benchmarks/train_stage.py --size paper --steps 300 --cuda-graphs    # recorded; --compile: fused kernels as well
+    python benchmarks/train_stage.py --size paper --steps 300 --cuda-graphs --compile --float8    # products in 8-bit floats
     python benchmarks/train_stage.py --size paper --quantize nf4 --gradient-checkpointing    # 4-bit weights, on a small card
     python benchmarks/train_stage.py --times 4                # four times the conversations a step
     python benchmarks/train_stage.py --size tiny --steps 4    # the same path in seconds

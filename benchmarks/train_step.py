@@ -83,9 +83,6 @@ def prepare(size: str, folder: Path, steps: int, fp32: bool) -> tuple[Recipe, An
         model, processor = build(recipe, num_points, size == "tiny", device_name())
         if fp32:
             model.float()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # or the two procedures would draw different masks
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if ".lora_" in name and weight.requires_grad:  # a new LoRA is zero and would hide half of the gradients
@@ -93,6 +90,13 @@ def prepare(size: str, folder: Path, steps: int, fp32: bool) -> tuple[Recipe, An
     recipe.optimizer.max_steps = steps
     recipe.logging_steps, recipe.save_steps, recipe.report_to = 1, 10 * steps, []
     return recipe, model, processor
+
+
+def leave_dropout_out(model: Any) -> None:
+    """Nothing is dropped from now on: two procedures would draw different masks."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
 
 
 class Gate:
@@ -188,6 +192,7 @@ def work(options: argparse.Namespace) -> None:
         own = options.precision if options.worker == "ours" else options.published_precision
         bf16 = uses_bf16(Recipe(precision=own))
         recipe, model, processor = prepare(options.size, folder, options.steps + options.warm_up, not bf16)
+        leave_dropout_out(model)
         os.environ["POINTALIGN_CACHE"] = str(folder / "cache")
         recipe.precision = "bf16" if bf16 else "fp32"
         if options.packing is not None:

@@ -46,9 +46,11 @@ DEFAULT = (
     "frozen-language-model",
 )
 NUM_OBJECTS = 40
-# Tokens of a question, and of all answers of one conversation; a token is a byte here. Our guess at the published data.
+# Tokens of a question, and of all answers of one conversation, so that a step of stage PointAlign has some 1,100 tokens, 164
+# a conversation: our guess at the published data. A token is a byte here, so what surrounds a question takes 30 of them in
+# place of 12.
 QUESTION_TOKENS = 20
-ANSWER_TOKENS = {"simple_description": 30, "detailed_description": 150, "single_round": 50, "multi_round": 150}
+ANSWER_TOKENS = {"simple_description": 15, "detailed_description": 110, "single_round": 25, "multi_round": 120}
 
 
 def tiny_config() -> PointAlignConfig:

@@ -152,7 +152,7 @@ def test_a_forward_of_a_blocks_own_comes_back() -> None:
 def test_a_model_that_calls_its_blocks_by_position_trains_compiled_or_to_be_recorded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     config = GPT2Config(n_layer=2, n_head=2, n_embd=8, n_positions=16, vocab_size=11)
     model = GPT2LMHeadModel(config).train()
     ids = torch.arange(6).unsqueeze(0)

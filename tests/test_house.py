@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "decoder_blocks": {"errors"},
     "cuda_graphs": {"decoder_blocks", "errors", "progress"},
     "float8": {"decoder_blocks"},
+    "dropout": {"decoder_blocks"},
+    "lora_scaling": {"decoder_blocks"},
     "config": {"errors", "conversion"},
     "conversion": {"errors"},
     "progress": {"errors"},
@@ -50,7 +52,8 @@ MAY_IMPORT = {
     "parts": BOTH,
     "sharding": {"decoder_blocks", "progress"},
     "recipe_trainer": BOTH | {"sharding"},
-    "training": BOTH | {"alignment", "cuda_graphs", "decoder_blocks", "float8", "recipe_trainer", "released"},
+    "training": BOTH
+    | {"alignment", "cuda_graphs", "decoder_blocks", "dropout", "float8", "lora_scaling", "recipe_trainer", "released"},
     "released": {"errors"},
     "augmentation": DATA | {"models"},
     "contrastive": TRAINING,

@@ -29,8 +29,8 @@ def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (..., D) in e4m3, each divided by its scale (..., 1), so that its largest number is 448, the largest of e4m3."""
     # Numbers stand here, not in constants: PyTorch would compile those as inputs, and fails inside a product. The least one
     # keeps the scale of a row of zeros a normal number.
-    scale = rows.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-30) / 448.0
-    return (rows.float() / scale).to(KIND), scale
+    largest = rows.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-30)
+    return (rows.float() * (448.0 / largest)).to(KIND), largest / 448.0
 
 
 class _Product(torch.autograd.Function):

@@ -20,9 +20,10 @@ WARPS = 16
 MOST_POINTS = 16_384
 NEIGHBOR_WARPS = 8
 # Heads of tokens that a program works on at a time, and how many programs share those of the way back, each of which adds up
-# the norms' gradients of its own.
+# the norms' gradients of its own; one warp for each. The fastest of 45 choices on an H100 (docs/LOG.md, 2026-11-26).
 HEADS_AT_ONCE = 8
-MOST_PROGRAMS = 512
+HEADS_WARPS = 1
+MOST_PROGRAMS = 1024
 
 
 @triton.jit(do_not_specialize=["start"])  # 1 would become a constant, which a loop cannot carry
@@ -189,7 +190,7 @@ def _join_heads(
     query, key, value, fused, query_weight, key_weight, cos, sin, gradient, norms,
     rows, heads, places, eps, WIDTH: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients query, key and value (rows, WIDTH); gradient as fused; norms (programs, 4, WIDTH) float32."""
+    """Gradients query, key and value (rows, WIDTH); gradient as fused; norms (4, WIDTH, programs) float32."""
     lane = tl.arange(0, LANES)
     half: tl.constexpr = ROTARY // 2
     partner = _partners(lane, half)
@@ -226,9 +227,9 @@ def _join_heads(
             if part == 0:
                 passed = tl.load(value + start + lane[None, :], mask=inside, other=0.0)
                 tl.store(gradient + base + 2 * WIDTH, passed.to(gradient.dtype.element_ty), mask=inside)
-        sums = norms + (tl.program_id(0) * 4 + 2 * part) * WIDTH + lane
+        sums = norms + (2 * part * WIDTH + lane) * tl.num_programs(0) + tl.program_id(0)
         tl.store(sums, tl.sum(of_weight, axis=0), mask=lane < WIDTH)
-        tl.store(sums + WIDTH, tl.sum(of_bias, axis=0), mask=lane < WIDTH)
+        tl.store(sums + WIDTH * tl.num_programs(0), tl.sum(of_bias, axis=0), mask=lane < WIDTH)
 
 
 def launch_split_heads(
@@ -240,7 +241,7 @@ def launch_split_heads(
     with torch.cuda.device_of(fused):
         launch = _split_heads[(triton.cdiv(sizes["rows"], HEADS_AT_ONCE),)]  # pyright: ignore[reportIndexIssue]
         tables = (table.contiguous() for table in (*norms, cos, sin))
-        launch(fused, *tables, query, key, value, eps=eps, **sizes)
+        launch(fused, *tables, query, key, value, eps=eps, **sizes, num_warps=HEADS_WARPS)
     return query, key, value
 
 
@@ -251,13 +252,13 @@ def launch_join_heads(
     fused, sizes = fused.contiguous(), _sizes_of_heads(fused, cos)
     programs = min(triton.cdiv(sizes["rows"], HEADS_AT_ONCE), MOST_PROGRAMS)
     gradient = torch.empty_like(fused)
-    norms = torch.empty(programs, 4, fused.shape[4], dtype=torch.float32, device=fused.device)
+    norms = torch.empty(4, fused.shape[4], programs, dtype=torch.float32, device=fused.device)
     with torch.cuda.device_of(fused):
         launch = _join_heads[(programs,)]  # pyright: ignore[reportIndexIssue]
         given = (tensor.contiguous() for tensor in gradients)
         tables = (table.contiguous() for table in (*weights, cos, sin))
-        launch(*given, fused, *tables, gradient, norms, eps=eps, **sizes)
-    return gradient, norms.sum(dim=0)
+        launch(*given, fused, *tables, gradient, norms, eps=eps, **sizes, num_warps=HEADS_WARPS)
+    return gradient, norms.sum(dim=2)
 
 
 def _sizes_of_heads(fused: Tensor, cos: Tensor) -> dict[str, int]:

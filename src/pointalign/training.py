@@ -17,8 +17,10 @@ from pointalign.cuda_graphs import graphed_blocks, why_not_graphed
 from pointalign.data.conversations import Collator, ConversationDataset
 from pointalign.data.mixture import MixtureBatchSampler, NumberedBatches
 from pointalign.decoder_blocks import compiled_blocks
+from pointalign.dropout import hashed_dropout
 from pointalign.errors import ConfigError
 from pointalign.float8 import float8_products, why_not_float8
+from pointalign.lora_scaling import early_scaling
 from pointalign.models.packing import packed_positions, packing_attention, rounded_up
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.progress import say
@@ -90,6 +92,8 @@ class AlignmentTrainer(RecipeTrainer):
                     say("this language model does not keep packed conversations apart; they are padded instead")
             self.float8 = self.float8 and self._can_round()
             stack.enter_context(float8_products(self.unwrapped, self.float8))
+            stack.enter_context(hashed_dropout(self.unwrapped, self.compile))
+            stack.enter_context(early_scaling(self.unwrapped, self.compile))
             stack.enter_context(compiled_blocks(self.unwrapped, self.compile))
             self.cuda_graphs = self.cuda_graphs and self._can_record()
             stack.enter_context(graphed_blocks(self.unwrapped, self.cuda_graphs))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
 
-from pointalign.models.phi import PhiVariantConfig, PhiVariantForCausalLM
+from pointalign.models.phi import PhiVariantConfig, PhiVariantForCausalLM, PhiVariantGELU
 
 SIZES = {
     "vocab_size": 60,
@@ -45,6 +46,21 @@ def test_auto_class_builds_the_variant(model):
     assert attention.q_layernorm.weight.shape == (16,)
     assert attention.rotary_dim == 8
     assert model.model.layers[0].post_layernorm.eps == 1e-6
+
+
+def test_gelu_is_the_published_one():
+    """`gelu_new` of transformers, forward and back; GELU by tanh of 1, -1 and 3 by hand."""
+    activation = PhiVariantForCausalLM(PhiVariantConfig(**SIZES)).model.layers[0].mlp.activation_fn
+    assert isinstance(activation, PhiVariantGELU)
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
+    ours, theirs = activation(x), ACT2FN["gelu_new"](x)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
+    for one, other in zip(*(torch.autograd.grad(y.sum(), x) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
+    by_hand = torch.tensor([0.841191990608, -0.158808009392, 2.996362607918], dtype=torch.float64)
+    torch.testing.assert_close(activation(torch.tensor([1.0, -1.0, 3.0], dtype=torch.float64)), by_hand)
+    relu = PhiVariantForCausalLM(PhiVariantConfig(**SIZES, hidden_act="relu")).model.layers[0].mlp.activation_fn
+    assert not isinstance(relu, PhiVariantGELU)
 
 
 def by_hand(attention, hidden, cos, sin):

@@ -10,7 +10,7 @@ Size = Literal["household", "paper", "tiny"]
 # Each benchmark's own number of repetitions is kept at the other sizes; a tiny run only shows that everything runs.
 TINY_STEPS = {"train_step": ["--steps", "2"], "train_stage": ["--steps", "5"], "train_stage_nf4": ["--steps", "5"]}
 SMALL_CARD = ("--quantize", "nf4", "--gradient-checkpointing")
-RECORDED = ("--cuda-graphs", "--steps", "120", "--forbid-waiting")
+RECORDED = ("--cuda-graphs", "--steps", "300", "--forbid-waiting")
 
 
 @dataclass(frozen=True)

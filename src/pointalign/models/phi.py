@@ -9,6 +9,7 @@ Source: TinyGPT-V (arXiv 2312.16862), section 3.1; Phi from transformers (Apache
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,8 @@ from transformers.models.phi.modeling_phi import (
 )
 
 from pointalign.models.phi_heads import one_pass, split_heads
+
+SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
 class PhiVariantConfig(PhiConfig):
@@ -52,6 +55,17 @@ class PhiVariantNorm(nn.RMSNorm):
         """(..., D) to (..., D)."""
         assert self.weight is not None
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class PhiVariantGELU(nn.Module):
+    """GELU by tanh, as `gelu_new`, written with a sigmoid, which devices compute in a third of the operations.
+
+    Source: (1 + tanh(u)) / 2 = sigmoid(2u), with u = sqrt(2 / pi) (x + 0.044715 x^3) of GELUs (arXiv 1606.08415), section 2.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same."""
+        return x * torch.sigmoid(x * (2 * SQRT_2_OVER_PI + 2 * SQRT_2_OVER_PI * 0.044715 * x * x))
 
 
 class PhiVariantAttention(nn.Module):
@@ -115,6 +129,8 @@ class PhiVariantDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = PhiVariantAttention(config, layer_idx)
         self.mlp = PhiMLP(config)
+        if config.hidden_act == "gelu_new":
+            self.mlp.activation_fn = PhiVariantGELU()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_layernorm = PhiVariantNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
