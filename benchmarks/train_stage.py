@@ -131,7 +131,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         recipe.precision, recipe.packing = options.precision, options.packing
         recipe.compile, recipe.cuda_graphs, recipe.float8 = options.compile, options.cuda_graphs, options.float8
         recipe.gradient_checkpointing = options.gradient_checkpointing
-        recipe.logging_steps = min(options.steps, 10)
+        recipe.logging_steps = min(options.steps, recipe.logging_steps)
         for kind in recipe.data.sets:
             kind.batch_size *= options.times
         work, dtype = Work(model), torch.bfloat16 if bf16 else torch.float32

@@ -88,7 +88,7 @@ def prepare(size: str, folder: Path, steps: int, fp32: bool) -> tuple[Recipe, An
             if ".lora_" in name and weight.requires_grad:  # a new LoRA is zero and would hide half of the gradients
                 weight.normal_(std=0.01)
     recipe.optimizer.max_steps = steps
-    recipe.logging_steps, recipe.save_steps, recipe.report_to = 1, 10 * steps, []
+    recipe.save_steps, recipe.report_to = 10 * steps, []
     return recipe, model, processor
 
 
@@ -194,7 +194,7 @@ def work(options: argparse.Namespace) -> None:
         recipe, model, processor = prepare(options.size, folder, options.steps + options.warm_up, not bf16)
         leave_dropout_out(model)
         os.environ["POINTALIGN_CACHE"] = str(folder / "cache")
-        recipe.precision = "bf16" if bf16 else "fp32"
+        recipe.precision, recipe.logging_steps = "bf16" if bf16 else "fp32", 1
         if options.packing is not None:
             recipe.packing = options.packing
         for name in SWITCHES:

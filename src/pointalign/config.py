@@ -249,7 +249,8 @@ class Recipe:
     """Lay the conversations of a step end to end instead of padding them, for models that keep them apart; the losses are
     the same. Released alignment positions pad."""
     compile: bool = False
-    """Compile the decoder blocks in the first step, a minute or so; later steps take less time. Pays in long runs."""
+    """Compile the decoder blocks in the first step, a minute or so; later steps take less time. Pays in long runs. On a GPU
+    dropout then leaves out other places than without, by the same chances."""
     cuda_graphs: bool = False
     """On one GPU: record the decoder blocks' launches once for each rounded size of a step and send them off together, where
     the host is slower than the card. Takes some seconds when training begins, and memory for each size."""

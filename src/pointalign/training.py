@@ -92,8 +92,10 @@ class AlignmentTrainer(RecipeTrainer):
                     say("this language model does not keep packed conversations apart; they are padded instead")
             self.float8 = self.float8 and self._can_round()
             stack.enter_context(float8_products(self.unwrapped, self.float8))
-            stack.enter_context(hashed_dropout(self.unwrapped, self.compile))
-            stack.enter_context(early_scaling(self.unwrapped, self.compile))
+            # A CPU draws its numbers as fast, and adds up what LoRA gives no slower.
+            fusing = self.compile and self.args.device.type == "cuda"
+            stack.enter_context(hashed_dropout(self.unwrapped, fusing))
+            stack.enter_context(early_scaling(self.unwrapped, fusing))
             stack.enter_context(compiled_blocks(self.unwrapped, self.compile))
             self.cuda_graphs = self.cuda_graphs and self._can_record()
             stack.enter_context(graphed_blocks(self.unwrapped, self.cuda_graphs))

@@ -75,7 +75,7 @@ def test_the_command_checks_targets(checkout: Path, capsys: pytest.CaptureFixtur
 
 
 def test_targets_by_hand() -> None:
-    measured = {"train_stage": {"peak_memory_gib": 24.1}, "train_stage_compiled": {"share_of_peak": 0.5}}
+    measured = {"train_stage": {"peak_memory_gib": 24.1}, "train_stage_float8": {"share_of_peak": 0.5}}
     found = verdicts(measured, "paper", "cuda", set(measured))
     assert [(v.target.key, v.measured, v.met) for v in found] == [
         ("share_of_peak", 0.5, True),

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from pointalign.models.phi import PhiVariantConfig, PhiVariantForCausalLM, PhiVariantGELU
+from pointalign.models.phi import PhiVariantConfig, PhiVariantForCausalLM, PhiVariantGELU, gelu_by_sigmoid
 
 SIZES = {
     "vocab_size": 60,
@@ -53,12 +53,14 @@ def test_gelu_is_the_published_one():
     activation = PhiVariantForCausalLM(PhiVariantConfig(**SIZES)).model.layers[0].mlp.activation_fn
     assert isinstance(activation, PhiVariantGELU)
     x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
-    ours, theirs = activation(x), ACT2FN["gelu_new"](x)
-    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
-    for one, other in zip(*(torch.autograd.grad(y.sum(), x) for y in (ours, theirs)), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
+    theirs = ACT2FN["gelu_new"](x)
+    gradient = torch.autograd.grad(theirs.sum(), x)
     by_hand = torch.tensor([0.841191990608, -0.158808009392, 2.996362607918], dtype=torch.float64)
-    torch.testing.assert_close(activation(torch.tensor([1.0, -1.0, 3.0], dtype=torch.float64)), by_hand)
+    for way in (activation, gelu_by_sigmoid):
+        ours = way(x)
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(torch.autograd.grad(ours.sum(), x), gradient, atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(way(torch.tensor([1.0, -1.0, 3.0], dtype=torch.float64)), by_hand)
     relu = PhiVariantForCausalLM(PhiVariantConfig(**SIZES, hidden_act="relu")).model.layers[0].mlp.activation_fn
     assert not isinstance(relu, PhiVariantGELU)
 

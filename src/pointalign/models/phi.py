@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -58,14 +59,21 @@ class PhiVariantNorm(nn.RMSNorm):
 
 
 class PhiVariantGELU(nn.Module):
-    """GELU by tanh, as `gelu_new`, written with a sigmoid, which devices compute in a third of the operations.
+    """GELU by tanh, transformers' `gelu_new`, in one kernel in place of eight; compiled, by a sigmoid in fewer operations.
 
     Source: (1 + tanh(u)) / 2 = sigmoid(2u), with u = sqrt(2 / pi) (x + 0.044715 x^3) of GELUs (arXiv 1606.08415), section 2.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
-        return x * torch.sigmoid(x * (2 * SQRT_2_OVER_PI + 2 * SQRT_2_OVER_PI * 0.044715 * x * x))
+        if torch.compiler.is_compiling():
+            return gelu_by_sigmoid(x)
+        return F.gelu(x, approximate="tanh")
+
+
+def gelu_by_sigmoid(x: Tensor) -> Tensor:
+    """GELU by tanh, see `PhiVariantGELU`; any shape to the same."""
+    return x * torch.sigmoid(x * (2 * SQRT_2_OVER_PI + 2 * SQRT_2_OVER_PI * 0.044715 * x * x))
 
 
 class PhiVariantAttention(nn.Module):
