@@ -46,7 +46,7 @@ DEFAULT = (
     "frozen-language-model",
 )
 NUM_OBJECTS = 40
-# Tokens of a question, and of all answers of one conversation, so that a step of stage PointAlign has some 1,100 tokens, 164
+# Tokens of a question, and of all answers of one conversation, so that a step of stage PointAlign has some 1,100 tokens, 163
 # a conversation: our guess at the published data. A token is a byte here, so what surrounds a question takes 30 of them in
 # place of 12.
 QUESTION_TOKENS = 20

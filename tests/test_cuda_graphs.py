@@ -16,6 +16,8 @@ from pointalign.decoder_blocks import compiled_blocks
 from pointalign.errors import PointAlignError
 from recording import Recorded
 
+CPU = torch.device("cpu")
+
 
 class Block(nn.Module):
     def __init__(self) -> None:
@@ -143,7 +145,7 @@ def test_a_forward_of_a_blocks_own_comes_back() -> None:
     model = Decoder()
     own = model.layers[1].forward
     model.layers[1].forward = own
-    with graphed_blocks(model, True, Recorded()), compiled_blocks(model, True):
+    with graphed_blocks(model, True, Recorded()), compiled_blocks(model, True, CPU):
         assert model.layers[1].forward is not own
     assert model.layers[1].__dict__["forward"] == own
     assert "forward" not in model.layers[0].__dict__
@@ -156,7 +158,7 @@ def test_a_model_that_calls_its_blocks_by_position_trains_compiled_or_to_be_reco
     config = GPT2Config(n_layer=2, n_head=2, n_embd=8, n_positions=16, vocab_size=11)
     model = GPT2LMHeadModel(config).train()
     ids = torch.arange(6).unsqueeze(0)
-    with compiled_blocks(model, True), graphed_blocks(model, True, Recorded()):
+    with compiled_blocks(model, True, CPU), graphed_blocks(model, True, Recorded()):
         for _ in range(3):
             model(input_ids=ids, labels=ids).loss.backward()
 

@@ -11,13 +11,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from pointalign.decoder_blocks import compiled_blocks
-from pointalign.dropout import HashedDropout, hashed_dropout, kept_places
+from pointalign.dropout import HashedDropout, dropouts_called_once, hashed_dropout, kept_places
+from pointalign.models.phi import PhiVariantConfig, PhiVariantForCausalLM
 
 KEY = torch.tensor([2_041_375_629, 1_204_884_093], dtype=torch.int32)
-P = 0.05
+P, CPU = 0.05, torch.device("cpu")
 SHAPE = torch.Size((1, 300, 640))
 
 
@@ -123,7 +124,7 @@ def dropouts(model: nn.Module) -> list[nn.Module]:
 
 
 def test_the_blocks_dropouts_are_hashed_and_come_back(model: Any) -> None:
-    with hashed_dropout(model, True):
+    with hashed_dropout(model, True, CPU):
         kinds = [type(module) for module in dropouts(model)]
         assert kinds.count(HashedDropout) == 6
         assert type(model.further) is nn.Dropout
@@ -134,15 +135,54 @@ def test_the_blocks_dropouts_are_hashed_and_come_back(model: Any) -> None:
     assert [type(module) for module in dropouts(model)] == [nn.Dropout] * 7
     assert not any(hasattr(module, "key") for module in dropouts(model))
     assert not model._forward_pre_hooks
-    with hashed_dropout(model, False):
+    with hashed_dropout(model, False, CPU):
         assert not any(isinstance(module, HashedDropout) for module in model.modules())
+
+
+def masks(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What the hashed dropouts of one forward pass keep."""
+    kept: list[Tensor] = []
+
+    def noted(shape: torch.Size, key: Tensor, p: float) -> Tensor:
+        kept.append(kept_places(shape, key, p))
+        return kept[-1]
+
+    monkeypatch.setattr("pointalign.dropout.kept_places", noted)
+    with hashed_dropout(model, True, CPU):
+        model(input_ids=IDS)
+    return kept
+
+
+SMALL = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3, "vocab_size": 32}
+
+
+def test_both_branches_of_a_block_drop_their_own_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's and MLP's, of the same shape, and those of two blocks."""
+    model = PhiVariantForCausalLM(PhiVariantConfig(**SMALL, resid_pdrop=0.5)).train()
+    kept = masks(model, monkeypatch)
+    assert len(kept) == 4
+    for one, other in combinations(kept, 2):
+        assert 0.35 < float((one == other).double().mean()) < 0.65, "independent ones agree in half of 480 places"
+
+
+def test_a_dropout_that_a_block_calls_twice_stays_as_it_is() -> None:
+    model = PhiForCausalLM(PhiConfig(**SMALL, resid_pdrop=0.5))
+    assert any(isinstance(module, nn.Dropout) for module in model.model.layers.modules())
+    assert dropouts_called_once(model.model.layers) == []
+
+
+def test_keys_lie_where_the_model_will_compute(model: Any) -> None:
+    """FSDP moves it later."""
+    with hashed_dropout(model, True, torch.device("meta")):
+        [place] = {module.key.device.type for module in dropouts(model) if isinstance(module, HashedDropout)}
+    assert place == "meta"
 
 
 def test_keys_come_from_pytorchs_random_numbers(model: Any) -> None:
     logits = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        with hashed_dropout(model, True):
+        with hashed_dropout(model, True, CPU):
             logits.append(model(input_ids=IDS).logits)
     assert torch.equal(logits[0], logits[1])
     assert not torch.allclose(logits[0], logits[2])
@@ -156,7 +196,7 @@ def test_a_block_that_is_run_again_drops_the_same(model: Any) -> None:
     def run(x: Tensor) -> Tensor:
         return block(x, position_embeddings=places)
 
-    with hashed_dropout(model, True):
+    with hashed_dropout(model, True, CPU):
         model(input_ids=IDS)
         gradients = []
         for again in (False, True):
@@ -172,7 +212,7 @@ def test_all_blocks_share_one_graph(model: Any, monkeypatch: pytest.MonkeyPatch)
     compile, counted = torch.compile, CompileCounter()
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=counted, dynamic=True))
     torch.compiler.reset()
-    with hashed_dropout(model, True), compiled_blocks(model, True):
+    with hashed_dropout(model, True, CPU), compiled_blocks(model, True, CPU):
         for length in (10, 7, 8):
             model(input_ids=IDS[:, :length], use_cache=False).logits.sum().backward()
     assert counted.frame_count == 1

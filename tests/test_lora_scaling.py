@@ -67,7 +67,7 @@ def test_other_kinds_are_left_to_peft(settings: dict[str, Any]) -> None:
         assert scaled(model) == 0
 
 
-def test_what_is_merged_switched_off_or_shared_by_two_is_left_to_peft() -> None:
+def test_what_is_merged_switched_off_hooked_or_has_a_second_adapter_is_left_to_peft() -> None:
     model = adapted()
     model.merge_adapter()
     with early_scaling(model, True):
@@ -75,6 +75,12 @@ def test_what_is_merged_switched_off_or_shared_by_two_is_left_to_peft() -> None:
     model.unmerge_adapter()
     with model.disable_adapter(), early_scaling(model, True):
         assert scaled(model) == 0
+    hook = (
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].register_forward_hook(lambda *a: None)
+    )
+    with early_scaling(model, True):
+        assert scaled(model) == 3
+    hook.remove()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
     with early_scaling(model, True):
         assert scaled(model) == 2, "the two down_proj have one adapter alone"

@@ -45,7 +45,7 @@ def block_output(output: Any) -> Tensor:
 
 
 @contextmanager
-def compiled_blocks(model: nn.Module, wanted: bool) -> Iterator[None]:
+def compiled_blocks(model: nn.Module, wanted: bool, device: torch.device) -> Iterator[None]:
     """While this lasts, the decoder blocks of any Hugging Face model run as one graph that they share, for any length.
 
     Hooks on blocks stay outside of the graph. Compiling takes a minute or so, in the first step.
@@ -53,13 +53,13 @@ def compiled_blocks(model: nn.Module, wanted: bool) -> Iterator[None]:
     Args:
         model: its blocks are found by their number.
         wanted: False changes nothing.
+        device: on which the model will compute, wherever it is now.
 
     Raises:
         ConfigError: when the blocks cannot be found.
     """
     blocks: Any = find_decoder_layers(model) if wanted else []
-    on_gpu = wanted and next(blocks.parameters()).is_cuda
-    options = GPU_OPTIONS if on_gpu else None
+    options = GPU_OPTIONS if device.type == "cuda" else None
     compiled = [torch.compile(block.forward, dynamic=True, options=options) for block in blocks]
     with replaced_forwards(blocks, [_as_inner(forward) for forward in compiled[:1]] + compiled[1:]):
         yield

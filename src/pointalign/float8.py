@@ -1,4 +1,4 @@
-"""Frozen matrices multiplied in 8-bit floats while a model trains: twice the rate of bfloat16 on cards that have them.
+"""Frozen matrices multiplied in 8-bit floats while a model trains, on cards that do so faster than in bfloat16.
 
 A product's rows are scaled, each by its own largest number, and so are the outputs of a matrix; both are rounded to e4m3 (four
 bits of exponent, three of mantissa) and the products summed and given back in bfloat16. A matrix is frozen, so it is rounded
@@ -26,7 +26,7 @@ TRIED = 128
 
 
 def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (..., D) in e4m3, each divided by its scale (..., 1), so that its largest number is 448, the largest of e4m3."""
+    """Rows (..., D) in e4m3 and their scales (..., 1), by which they are divided: each row's largest number is e4m3's, 448."""
     # Numbers stand here, not in constants: PyTorch would compile those as inputs, and fails inside a product. The least one
     # keeps the scale of a row of zeros a normal number.
     largest = rows.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-30)

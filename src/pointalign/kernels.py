@@ -20,7 +20,7 @@ WARPS = 16
 MOST_POINTS = 16_384
 NEIGHBOR_WARPS = 8
 # Heads of tokens that a program works on at a time, and how many programs share those of the way back, each of which adds up
-# the norms' gradients of its own; one warp for each. The fastest of 45 choices on an H100 (docs/LOG.md, 2026-11-26).
+# the norms' gradients of its own. Among the fastest of 45 choices on an H100 (docs/LOG.md, 2026-11-26).
 HEADS_AT_ONCE = 8
 HEADS_WARPS = 1
 MOST_PROGRAMS = 1024

@@ -32,11 +32,14 @@ class EarlyScaled(Linear):
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is a LoRA linear of peft with one adapter, active, not merged, of no other kind and without a bias."""
+    """Whether a module is a LoRA linear of peft with one adapter, active, not merged, of no other kind, and without a bias
+    or hooks at its second matrix, which is not called."""
     if type(module) is not Linear or module.merged or module.disable_adapters or module.lora_variant:
         return False
     ups: Any = list(module.lora_B.values())
-    return len(ups) == 1 and module.active_adapters == list(module.lora_B) and ups[0].bias is None
+    if len(ups) != 1 or module.active_adapters != list(module.lora_B) or ups[0].bias is not None:
+        return False
+    return not any((ups[0]._forward_hooks, ups[0]._forward_pre_hooks, ups[0]._backward_hooks))
 
 
 @contextmanager

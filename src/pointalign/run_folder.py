@@ -16,6 +16,8 @@ from pointalign.config import Recipe, load_recipe, to_yaml
 from pointalign.errors import ConfigError
 from pointalign.storage import taken_lock, write_text
 
+# Settings that say how the work is done and told of, not what is trained.
+HOW = ("fsdp", "workers", "compile", "cuda_graphs", "logging_steps", "save_steps", "report_to")
 PACKAGES = ("pointalign", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
@@ -75,7 +77,7 @@ class RunFolder:
         Raises:
             ConfigError: when the run's recipe cannot be read.
         """
-        how = {name: getattr(recipe, name) for name in ("fsdp", "workers", "compile", "cuda_graphs")}
+        how = {name: getattr(recipe, name) for name in HOW}
         started = replace(load_recipe(self.recipe_file), **how)
         return _differences(asdict(started), asdict(recipe))
 

@@ -92,14 +92,17 @@ class AlignmentTrainer(RecipeTrainer):
                     say("this language model does not keep packed conversations apart; they are padded instead")
             self.float8 = self.float8 and self._can_round()
             stack.enter_context(float8_products(self.unwrapped, self.float8))
-            # A CPU draws its numbers as fast, and adds up what LoRA gives no slower.
-            fusing = self.compile and self.args.device.type == "cuda"
-            stack.enter_context(hashed_dropout(self.unwrapped, fusing))
+            device, fusing = self.args.device, self.compile and self._computes_on_gpu()
+            stack.enter_context(hashed_dropout(self.unwrapped, fusing, device))
             stack.enter_context(early_scaling(self.unwrapped, fusing))
-            stack.enter_context(compiled_blocks(self.unwrapped, self.compile))
+            stack.enter_context(compiled_blocks(self.unwrapped, self.compile, device))
             self.cuda_graphs = self.cuda_graphs and self._can_record()
             stack.enter_context(graphed_blocks(self.unwrapped, self.cuda_graphs))
             return super().train(*args, **kwargs)
+
+    def _computes_on_gpu(self) -> bool:
+        """Whether compiled blocks gain by hashed dropout and by scaling LoRA early; on a CPU they do not."""
+        return self.args.device.type == "cuda"
 
     def _can_round(self) -> bool:
         """Whether products can be taken in 8-bit floats; why not is said."""

@@ -108,7 +108,7 @@ def test_a_model_whose_norms_train_is_the_same_in_one_pass(compiled: bool, monke
 
     wanted, gradients = results()
     monkeypatch.setattr("pointalign.models.phi.one_pass", lambda fused, norms: True)
-    with compiled_blocks(model, compiled):
+    with compiled_blocks(model, compiled, torch.device("cpu")):
         got, others = results()
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     assert others.keys() == gradients.keys()
@@ -157,7 +157,8 @@ sizes = {"WIDTH": 80, "ROTARY": 32, "ROWS": kernels.HEADS_AT_ONCE, "LANES": 128}
 for kernel in (kernels._split_heads, kernels._join_heads):
     signature = {name: "constexpr" if name in sizes else types.get(name, "*fp32") for name in kernel.arg_names}
     for *card, name in (("cuda", 80, 32, "ptx"), ("cuda", 90, 32, "ptx"), ("hip", "gfx942", 64, "amdgcn")):
-        print(compile(ASTSource(kernel, signature, constexprs=sizes), target=GPUTarget(*card)).asm[name])
+        source, options = ASTSource(kernel, signature, constexprs=sizes), {"num_warps": kernels.HEADS_WARPS}
+        print(compile(source, target=GPUTarget(*card), options=options).asm[name])
 """
 
 

@@ -131,7 +131,13 @@ class PhiVariantAttention(nn.Module):
 
 
 class PhiVariantDecoderLayer(GradientCheckpointingLayer):
-    """A parallel block: attention, through the RMSNorm, and MLP of the same normalised input, added to the residual."""
+    """A parallel block: attention, through the RMSNorm, and MLP of the same normalised input, added to the residual.
+
+    Attributes:
+        called_once: its dropouts, for `pointalign.dropout`.
+    """
+
+    called_once = ("attention_dropout", "mlp_dropout")
 
     def __init__(self, config: PhiVariantConfig, layer_idx: int) -> None:
         super().__init__()
@@ -141,14 +147,14 @@ class PhiVariantDecoderLayer(GradientCheckpointingLayer):
             self.mlp.activation_fn = PhiVariantGELU()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_layernorm = PhiVariantNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.attention_dropout, self.mlp_dropout = nn.Dropout(config.resid_pdrop), nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """(B, L, D) to (B, L, D); the arguments are those of `PhiVariantAttention`."""
         normalized = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(normalized, **kwargs)
-        attended = self.resid_dropout(self.post_layernorm(attended))
-        return attended + self.resid_dropout(self.mlp(normalized)) + hidden_states
+        attended = self.attention_dropout(self.post_layernorm(attended))
+        return attended + self.mlp_dropout(self.mlp(normalized)) + hidden_states
 
 
 class PhiVariantPreTrainedModel(PhiPreTrainedModel):
