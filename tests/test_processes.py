@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -12,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,6 +27,7 @@ from pointalign.models.processing import PointAlignProcessor
 from pointalign.run_folder import RunFolder
 from pointalign.run_loop import RunCallback, RunStopped
 from pointalign.runs import train
+from pointalign.training import AlignmentTrainer
 
 STEPS = 4
 LOSSES = ("loss", "lm_loss", "alignment_loss", "grad_norm")
@@ -227,6 +230,44 @@ def test_fsdp_with_frozen_bf16_matrices(values: dict[str, Any], one: Path) -> No
     (first,), (second,) = (RunFolder(one.with_name(name)).metrics() for name in ("bf16", "bf16-split"))
     for loss in LOSSES:
         assert second[loss] == pytest.approx(first[loss], rel=5e-3)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_process_whose_share_is_text_alone(values: dict[str, Any], tmp_path: Path, fsdp: bool) -> None:
+    """Of each step one conversation is about a cloud and one is not, or both are not."""
+    rng, entries = np.random.default_rng(0), []
+    (tmp_path / "clouds").mkdir()
+    for number in range(6):
+        np.save(tmp_path / "clouds" / f"object{number}_8192.npy", rng.random((64, 6), dtype=np.float32))
+        for kind, mark in (("detailed_description", "<point>\n" if number % 2 else ""), ("single_round", "")):
+            turns = [{"from": "human", "value": f"{mark}What is it?"}, {"from": "gpt", "value": f"a thing {number}"}]
+            entries.append({"object_id": f"object{number}", "conversation_type": kind, "conversations": turns})
+    (tmp_path / "text.json").write_text(json.dumps(entries), encoding="utf-8")
+    sets = [
+        {"types": ["detailed_description"], "odds": 3, "batch_size": 2},
+        {"types": ["single_round"], "odds": 1, "batch_size": 2},
+    ]
+    data = {
+        "source": str(tmp_path / "clouds"),
+        "instructions": [str(tmp_path / "text.json")],
+        "max_length": 1500,
+        "sets": sets,
+    }
+    changed = {**values, "data": data, "trains": ["point_mlp", "language_projection", "language_model_lora"]}
+    clouds: list[int] = []
+    count_items = AlignmentTrainer.count_items
+
+    def counted(trainer: Any, batches: Any, device: Any) -> Any:
+        [batch] = batches
+        clouds.append(int(batch["alignment_mask"].sum()) // 5)
+        return count_items(trainer, batches, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AlignmentTrainer, "count_items", counted)
+        train(from_dict(Recipe, changed, "test"), tmp_path / "one")
+    assert {0, 1} <= set(clouds), "steps of text alone, and one with a cloud in one share"
+    train_with(2, from_dict(Recipe, {**changed, "fsdp": fsdp}, "test"), tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 def test_the_encoder_stage_is_not_split(values: dict[str, Any], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -295,6 +296,8 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             else:
                 inputs_embeds = self.embed_inputs(input_ids, point_tokens, point_positions)
         assert inputs_embeds is not None
+        if self.training and labels is not None and point_tokens is None:
+            inputs_embeds = inputs_embeds + self._nothing()
         if isinstance(logits_to_keep, int) and logits_to_keep:
             # A slice would not lie in one piece, and a CPU would copy the whole head to multiply it.
             logits_to_keep = torch.arange(-min(logits_to_keep, inputs_embeds.shape[1]), 0, device=inputs_embeds.device)
@@ -326,6 +329,15 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         shifted = shifted.flatten().to(logits.device)
         count = (shifted != IGNORED).sum() if num_items is None else num_items
         return summed_cross_entropy(logits.flatten(0, 1), shifted) / count
+
+    def _nothing(self) -> Tensor | float:
+        """0, with a gradient of 0 for all that trains in front of the language model.
+
+        Text alone needs none of it, but processes that train together wait for the gradients of all that trains, from all of
+        them and in one order.
+        """
+        ahead = chain(self.point_encoder.parameters(), self.connector.parameters())
+        return sum(0.0 * weight.sum() for weight in ahead if weight.requires_grad)
 
     @torch.no_grad()
     def generate(
