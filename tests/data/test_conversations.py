@@ -307,3 +307,13 @@ def test_the_collated_batch_scores_as_the_whole_sequence_does(dataset, processor
 def test_a_batch_without_clouds(dataset, processor):
     batch = Collator(processor)([dataset[3]])
     assert set(batch) == {"input_ids", "attention_mask", "labels", "logits_to_keep", "alignment_mask"}
+
+
+@pytest.mark.parametrize(
+    ("object_id", "value", "told"),
+    [("a", ["<point>\nhi"], "value is no text but list"), (None, "hi", "object_id is no name")],
+)
+def test_an_entry_of_wrong_kinds(object_id, value, told):
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "y"}]
+    with pytest.raises(DataError, match=told):
+        parse_conversation({"object_id": object_id, "conversations": turns}, "file, entry 0")

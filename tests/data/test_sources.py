@@ -237,3 +237,15 @@ def test_clouds_with_and_without_their_size(world):
     assert np.array_equal(OptionalSizes(plain)[unsized("03")], plain["03"])
     with pytest.raises(DataError, match="no object 'nothing'"):
         both[unsized("nothing")]
+
+
+def test_the_fields_held_out_objects_are_not_trained_on(world, capsys):
+    """Where their list lies beside the instructions, with or without a byte order mark."""
+    brief = Path(world.instructions[0])
+    brief.with_name("val_object_ids_3000.txt").write_text("07\n11\nnobody\n", encoding="utf-8-sig")
+    _, conversations = open_training_data(world)
+    about = {conversation.object_id for conversation in conversations}
+    assert len(about) == 18
+    assert not about & {"07", "11"}
+    said = capsys.readouterr().err
+    assert f"left out 2 conversations of {brief} about 2 held-out objects" in said

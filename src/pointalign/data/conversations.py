@@ -71,6 +71,8 @@ def parse_conversation(item: Mapping[str, Any], where: str) -> Conversation:
         DataError: when a field is missing or of the wrong kind.
     """
     try:
+        if not isinstance(item["object_id"], str | int):
+            raise TypeError(f"object_id is no name but {item['object_id']!r}")
         object_id, turns = str(item["object_id"]), item["conversations"]
         kind = item.get("conversation_type", "simple_description")
         messages = tuple(_message(turn["from"], turn["value"]) for turn in turns)
@@ -89,6 +91,8 @@ def parse_conversation(item: Mapping[str, Any], where: str) -> Conversation:
 def _message(speaker: str, value: str) -> dict[str, Any]:
     if speaker not in ROLES:
         raise KeyError(f"from: {speaker!r}")
+    if not isinstance(value, str):
+        raise TypeError(f"value is no text but {type(value).__name__}")
     if POINT_MARK not in value:
         return {"role": ROLES[speaker], "content": value}
     parts: list[dict[str, str]] = []

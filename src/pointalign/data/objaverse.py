@@ -16,6 +16,8 @@ from pointalign.progress import progress
 
 # Source: PointLLM (arXiv 2308.16911), released data: these two have broken colours and are left out by the field.
 BROKEN_OBJECTS = frozenset({"6760e543e1d645d5aaacd3803bcae524", "b91c0711149d460a8004f9c06d3b7f38"})
+# PointLLM's list of held-out objects, which lies beside its instructions.
+VAL_3000_FILE = "val_object_ids_3000.txt"
 # On network storage every question about a file waits for the network, so several are asked at once.
 ASKERS = 8
 PIECE = 1000

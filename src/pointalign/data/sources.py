@@ -22,7 +22,7 @@ from pointalign.data.extra import load_extra
 from pointalign.data.household import HOUSEHOLD_FILE, MISSING_COLOR, CatalogObject
 from pointalign.data.household_split import household_sides
 from pointalign.data.household_text import build_captions, build_instructions
-from pointalign.data.objaverse import BROKEN_OBJECTS, NumpyClouds
+from pointalign.data.objaverse import BROKEN_OBJECTS, VAL_3000_FILE, NumpyClouds
 from pointalign.data.packed import INDEX_FILE, JOURNAL_FILE, PackedClouds
 from pointalign.errors import ConfigError, DataError
 from pointalign.progress import say
@@ -158,7 +158,7 @@ def open_training_data(settings: DataSettings, folder: Path | None = None) -> tu
             raise ConfigError("data.source is a folder, so data.instructions must name PointLLM-format JSON files")
         clouds = open_clouds(settings.source)
         conversations = _without_broken(
-            join_conversations([read_conversations(path) for path in settings.instructions])
+            join_conversations([_without_held_out(read_conversations(path), path) for path in settings.instructions])
         )
     wanted = {kind for part in settings.sets for kind in part.types}
     conversations = conversations.select(conversations.of_types(wanted))
@@ -174,6 +174,25 @@ def missing_color(settings: DataSettings) -> tuple[float, float, float]:
     Source: for the field's clouds black, as ModelNet40's are evaluated and as PointLLM's authors advise (its issue 22).
     """
     return MISSING_COLOR if settings.source == "household" else (0.0, 0.0, 0.0)
+
+
+def _without_held_out(conversations: Conversations, path: str) -> Conversations:
+    """Those about none of the field's held-out objects, where their list lies beside the file of instructions."""
+    listed = Path(path).with_name(VAL_3000_FILE)
+    if "://" in path or not listed.is_file():
+        return conversations
+    try:
+        held_out = set(listed.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {listed}: {error}; copy PointLLM's list of held-out objects again") from error
+    known = held_out.intersection(conversations.names)
+    if not known:
+        return conversations
+    kept = conversations.select(conversations.about(set(conversations.names).difference(known)))
+    say(
+        f"left out {len(conversations) - len(kept)} conversations of {path} about {len(known)} held-out objects ({listed})"
+    )
+    return kept
 
 
 def _without_broken(conversations: Conversations) -> Conversations:

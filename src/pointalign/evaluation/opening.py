@@ -16,7 +16,7 @@ from pointalign.data.household_phrases import CATEGORY_QUESTIONS
 from pointalign.data.household_split import TEST, household_sides
 from pointalign.data.household_text import reference_caption
 from pointalign.data.modelnet import CLASS_NAMES, MODELNET_FILE, ModelNetObject, load_modelnet40
-from pointalign.data.objaverse import NumpyClouds
+from pointalign.data.objaverse import VAL_3000_FILE, NumpyClouds
 from pointalign.data.sources import HouseholdClouds, open_clouds
 from pointalign.errors import ConfigError, DataError
 from pointalign.evaluation.benchmarks import (
@@ -50,7 +50,6 @@ HOUSEHOLD_ANSWER_TOKENS, HOUSEHOLD_CAPTION_TOKENS, HOUSEHOLD_BATCH = 40, 60, 50
 # The field's two, and the installed one, so that there is a number where the field's cannot be had.
 FIELD_EMBEDDERS = (SENTENCE_BERT, SIMCSE, MINILM)
 VAL_200_FILE = "PointLLM_brief_description_val_200_GT.json"
-VAL_3000_FILE = "val_object_ids_3000.txt"
 ALL_CAPTIONS_FILE = "PointLLM_brief_description_660K.json"
 
 
@@ -216,7 +215,7 @@ def _cloud_folder(data: Path) -> Path:
 def _chosen(talks: Conversations, ids_file: Path, captions_file: Path) -> list[Conversation]:
     """The captions of the objects that a file lists, in its order."""
     try:
-        ids = ids_file.read_text(encoding="utf-8").split()
+        ids = ids_file.read_text(encoding="utf-8-sig").split()
     except OSError as error:
         raise DataError(
             f"cannot read {ids_file}: {error.strerror}; give PointLLM's list of held-out objects"

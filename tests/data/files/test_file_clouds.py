@@ -173,3 +173,53 @@ def test_archives(tmp_path: Path) -> None:
     cloud = load_point_cloud(tmp_path / "b.npz")
     assert cloud.colors is not None
     np.testing.assert_allclose(cloud.colors, RGB / 255, atol=1e-6)
+
+
+def structured_npy(names: list[str]) -> bytes:
+    rows = np.zeros(len(XYZ), dtype=[(name, "<f4") for name in names])
+    for name, values in zip(names, np.concatenate([XYZ, RGB], axis=1).T, strict=True):
+        rows[name] = values
+    stream = io.BytesIO()
+    np.save(stream, rows)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["ply", "pcd", "npy"])
+def test_columns_of_any_names_can_be_named(tmp_path: Path, kind: str) -> None:
+    """A file that calls its colours c0, c1, c2."""
+    own = ["x", "y", "z", "c0", "c1", "c2"]
+    lines = "".join(" ".join(f"{v:g}" for v in (*xyz, *rgb)) + "\n" for xyz, rgb in zip(XYZ, RGB, strict=True))
+    content = {
+        "ply": f"ply\nformat ascii 1.0\nelement vertex {len(XYZ)}\n"
+        + "".join(f"property float {name}\n" for name in own)
+        + f"end_header\n{lines}",
+        "pcd": f"VERSION .7\nFIELDS {' '.join(own)}\nSIZE 4 4 4 4 4 4\nTYPE F F F F F F\nCOUNT 1 1 1 1 1 1\n"
+        f"WIDTH {len(XYZ)}\nHEIGHT 1\nPOINTS {len(XYZ)}\nDATA ascii\n{lines}",
+    }
+    path = tmp_path / f"own.{kind}"
+    path.write_bytes(structured_npy(own) if kind == "npy" else content[kind].encode())
+    assert load_point_cloud(path).colors is None
+    named = load_point_cloud(path, columns=["x", "y", "z", "red", "green", "blue"])
+    assert named.colors is not None
+    np.testing.assert_allclose(named.colors, RGB / 255, atol=1e-5)
+    with pytest.raises(DataError, match="6 columns and 3 names"):
+        load_point_cloud(path, columns=["x", "y", "z"])
+
+
+@pytest.mark.parametrize("kind", ["F", "U", "I"])
+def test_packed_colors_with_opacity_as_text(tmp_path: Path, kind: str) -> None:
+    """0xFERRGGBB: as a float a number near -1e38, as a whole number with a sign one below zero."""
+    bits = (0xFE000000 + (RGB.astype(np.int64) * [65536, 256, 1]).sum(axis=1)).astype("<u4")
+    words = {"F": [f"{v:.9g}" for v in bits.view("<f4")], "U": bits.tolist(), "I": bits.view("<i4").tolist()}[kind]
+    head = f"FIELDS x y z rgb\nSIZE 4 4 4 4\nTYPE F F F {kind}\nCOUNT 1 1 1 1\nWIDTH {len(XYZ)}\nHEIGHT 1\nDATA ascii\n"
+    rows = (f"{x:g} {y:g} {z:g} {word}\n" for (x, y, z), word in zip(XYZ, words, strict=True))
+    (tmp_path / "packed.pcd").write_text(head + "".join(rows))
+    cloud = load_point_cloud(tmp_path / "packed.pcd")
+    assert cloud.colors is not None
+    np.testing.assert_allclose(cloud.colors, RGB / 255, atol=1e-6)
+
+
+def test_a_wrong_seed_is_no_broken_file(tmp_path: Path) -> None:
+    (tmp_path / "a.xyz").write_bytes(small_files.text())
+    with pytest.raises(DataError, match="a seed is 0 or more, not -1"):
+        load_point_cloud(tmp_path / "a.xyz", seed=-1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -382,3 +385,77 @@ def test_errors_say_what_and_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "a.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n")
     with pytest.raises(DataError, match="has a face with vertex 8, and 3 vertices"):
         load_point_cloud(tmp_path / "a.obj")
+
+
+SQUARE = "v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 1 1\nvt 0 1\n"
+
+
+def test_several_libraries_on_one_line_and_comments(tmp_path: Path) -> None:
+    (tmp_path / "a.mtl").write_text("newmtl red\nKd 1 0 0\n")
+    (tmp_path / "b.mtl").write_text("newmtl blue\nKd 0 0 1\n")
+    (tmp_path / "two.obj").write_text(
+        f"mtllib a.mtl b.mtl # both\n{SQUARE}v 9 9 9 # not used\nusemtl red # first\nf 1 2 3 # a face\nusemtl blue\nf 1 3 4\n"
+    )
+    colors = load_point_cloud(tmp_path / "two.obj", n_points=200).colors
+    assert colors is not None
+    assert {tuple(color) for color in colors.round(3).tolist()} == {(1.0, 0.0, 0.0), (0.0, 0.0, 1.0)}
+
+
+def test_a_library_whose_name_has_a_blank(tmp_path: Path) -> None:
+    (tmp_path / "my paint.mtl").write_text("newmtl red\nKd 1 0 0\n")
+    (tmp_path / "one.obj").write_text(f"mtllib my paint.mtl\n{SQUARE}usemtl red\nf 1 2 3\nusemtl none\nf 1 3 4\n")
+    cloud = load_point_cloud(tmp_path / "one.obj", n_points=50)
+    assert cloud.colors is not None
+    assert told(cloud, "material 'none' is in none of its libraries")
+
+
+@pytest.mark.parametrize("options", ["-s 2 2", "-s 2 2 1 -o 0.5", "-clamp on -t 1 1 1"])
+def test_a_texture_behind_options_is_read(tmp_path: Path, options: str) -> None:
+    (tmp_path / "red.png").write_bytes(png([[RED]]))
+    (tmp_path / "one.mtl").write_text(f"newmtl printed\nmap_Kd {options} red.png\n")
+    (tmp_path / "one.obj").write_text(f"mtllib one.mtl\n{SQUARE}usemtl printed\nf 1/1 2/2 3/3\n")
+    cloud = load_point_cloud(tmp_path / "one.obj", n_points=50)
+    assert cloud.colors is not None
+    assert cloud.colors.tolist() == [[1.0, 0.0, 0.0]] * 50
+    assert told(cloud, "is moved or scaled by its material, which is not done")
+
+
+def test_a_placed_object_with_words_of_its_own(tmp_path: Path) -> None:
+    model = small_files.threemf()
+    changed = _rewritten(model, lambda text: text.replace("/></build>", "><metadatagroup/></item></build>"))
+    (tmp_path / "plain.3mf").write_bytes(model)
+    (tmp_path / "worded.3mf").write_bytes(changed)
+    clouds = [load_point_cloud(tmp_path / name, n_points=50).array() for name in ("plain.3mf", "worded.3mf")]
+    np.testing.assert_array_equal(*clouds)
+
+
+def _rewritten(archive: bytes, change: Any) -> bytes:
+    """A .3mf with another model file."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(made, "w") as new:
+        for info in old.infolist():
+            text = old.read(info)
+            if info.filename.endswith(".model"):
+                text, before = change(text.decode()).encode(), text
+                assert text != before
+            new.writestr(info.filename, text)
+    return made.getvalue()
+
+
+def test_a_binary_stl_that_calls_itself_solid_and_is_cut_short(tmp_path: Path) -> None:
+    whole = small_files.stl()
+    (tmp_path / "cut.stl").write_bytes(b"solid" + whole[5:-10])
+    with pytest.raises(DataError, match="cut short"):
+        load_point_cloud(tmp_path / "cut.stl")
+    (tmp_path / "mixed.stl").write_text(small_files.stl(binary=False).decode().replace("vertex", "Vertex"))
+    assert len(load_point_cloud(tmp_path / "mixed.stl", n_points=20).array()) == 20
+
+
+def test_what_of_a_scene_is_not_read_is_noted(tmp_path: Path) -> None:
+    tree, data = small_files.gltf_tree()
+    tree["nodes"][0]["extensions"] = {"EXT_mesh_gpu_instancing": {"attributes": {}}}
+    tree["meshes"][0]["weights"] = [1.0]
+    (tmp_path / "scene.glb").write_bytes(small_files.glb(tree, data))
+    cloud = load_point_cloud(tmp_path / "scene.glb", n_points=20)
+    assert told(cloud, "EXT_mesh_gpu_instancing is not read")
+    assert told(cloud, "morph targets are not read")

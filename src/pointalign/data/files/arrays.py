@@ -27,8 +27,8 @@ class _Array:
         count: how many rows.
     """
 
-    def __init__(self, file: BinaryIO, size: int, where: str) -> None:
-        self.file, self.where = file, where
+    def __init__(self, file: BinaryIO, size: int, where: str, every: bool = False) -> None:
+        self.file, self.where, self.every = file, where, every
         version = numpy_format.read_magic(file)
         if version not in ((1, 0), (2, 0)):
             raise DataError(f"{where} is of .npy version {version[0]}.{version[1]}; save it again with plain columns")
@@ -45,9 +45,10 @@ class _Array:
     def _layout(self) -> tuple[list[Column], int]:
         names = self.dtype.names
         if names is not None and len(self.shape) == 1:
-            if any(self.dtype[name].shape or self.dtype[name].kind not in "fiu" for name in names if is_used(name)):
+            used = [name for name in names if self.every or is_used(name)]
+            if any(self.dtype[name].shape or self.dtype[name].kind not in "fiu" for name in used):
                 raise DataError(f"{self.where} has fields that are no single numbers; save plain columns")
-            self.fields = [name for name in names if is_used(name)] or list(names)
+            self.fields = used or list(names)
             return [Column(name, self.dtype[name].str[1:]) for name in self.fields], self.shape[0]
         if names is not None or self.dtype.kind not in "fiu":
             raise DataError(f"{self.where} holds {self.dtype}, not numbers; save floats or integers")
@@ -84,13 +85,17 @@ class _Array:
         return np.frombuffer(data, dtype=self.dtype)
 
 
-def read_npy(source: Source) -> Table:
+def read_npy(source: Source, every: bool = False) -> Table:
     """Open a cloud in a .npy file: (N, 3 or more) numbers, or a structured array with named fields.
+
+    Args:
+        source: the file.
+        every: give all named fields, not those alone whose names are known.
 
     Raises:
         DataError: for Python objects, other shapes, or a file that is shorter than its header says.
     """
-    array = _Array(source.file, source.size, source.name)
+    array = _Array(source.file, source.size, source.name, every)
     return Table(tuple(array.columns), array.chunks())
 
 

@@ -20,6 +20,11 @@ from pointalign.errors import DataError
 POINTS, TRIANGLES, STRIP, FAN = 0, 4, 5, 6
 GLOSSINESS = "KHR_materials_pbrSpecularGlossiness"
 TRANSFORM = "KHR_texture_transform"
+# Extensions of nodes that change what is shown.
+UNREAD_OF_NODES = {
+    "EXT_mesh_gpu_instancing": "one of its copies is taken, where the node stands",
+    "KHR_node_visibility": "hidden nodes are taken too",
+}
 
 
 def read_gltf(source: Source) -> Surface:
@@ -63,8 +68,21 @@ class _Reader:
             self.surface.notes.append("points beside the triangles were left out")
         if self.skipped:
             self.surface.notes.append(f"{self.skipped} pieces made of lines were left out")
+        self._note_unread(nodes)
         self.surface.notes += [*self.companions.notes, *self.pictures.notes]
         return self.surface
+
+    def _note_unread(self, nodes: dict[int, Any]) -> None:
+        """Say what shapes the scene and is not read."""
+        meshes = [self.document.item("meshes", node["mesh"]) for node in nodes.values() if "mesh" in node]
+        if any(any(mesh.get("weights", ())) for mesh in meshes) or any(
+            any(n.get("weights", ())) for n in nodes.values()
+        ):
+            self.surface.notes.append("morph targets are not read: shapes are as without them")
+        extensions = {name for node in nodes.values() for name in node.get("extensions", {})}
+        for name, told in UNREAD_OF_NODES.items():
+            if name in extensions:
+                self.surface.notes.append(f"{name} is not read: {told}")
 
     def _worlds(self) -> dict[int, np.ndarray]:
         """Each node's (4, 4) transform to the world, from the roots down."""

@@ -44,13 +44,9 @@ MESHES: dict[str, Callable[[Source], Surface]] = {
     "3mf": read_3mf,
     "dae": read_dae,
 }
-CLOUDS: dict[str, Callable[[Source], Table]] = {
-    "pcd": read_pcd,
-    "las": read_las,
-    "laz": read_las,
-    "npy": read_npy,
-    "npz": read_npz,
-}
+CLOUDS: dict[str, Callable[[Source], Table]] = {"las": read_las, "laz": read_las, "npz": read_npz}
+# Those whose files name their columns as they like; the second argument asks for all of them.
+NAMED_CLOUDS: dict[str, Callable[[Source, bool], Table]] = {"pcd": read_pcd, "npy": read_npy}
 
 
 def load_point_cloud(
@@ -88,6 +84,8 @@ def load_point_cloud(
     """
     if not 1 <= n_points <= MAX_WANTED:
         raise DataError(f"cannot give {n_points} points; ask for 1 to {MAX_WANTED:,}")
+    if seed < 0:
+        raise DataError(f"a seed is 0 or more, not {seed}")
     if up not in (None, "y", "z"):
         raise DataError(f"up is 'y' or 'z', not {up!r}")
     if unit is not None and not 0 <= unit < np.inf:
@@ -107,13 +105,16 @@ def load_point_cloud(
 def _read(source: Source, columns: Sequence[str] | None) -> Surface | Table:
     if source.format in MESHES:
         return MESHES[source.format](source)
-    if source.format in CLOUDS:
+    named = columns is not None
+    if source.format in NAMED_CLOUDS:
+        table = NAMED_CLOUDS[source.format](source, named)
+    elif source.format in CLOUDS:
         table = CLOUDS[source.format](source)
     elif source.format == "ply":
         header = read_header(source)
         if is_mesh(header):
             return read_ply_mesh(source, header)
-        table = read_ply_cloud(source, header)
+        table = read_ply_cloud(source, header, named)
     else:
         return read_text(source, columns)
     return table if columns is None else renamed(table, columns, source.name)

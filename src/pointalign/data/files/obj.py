@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 
@@ -25,20 +26,25 @@ from pointalign.data.files.surface import Paint, Part, Surface, plain_paint
 from pointalign.data.files.textures import Companions, Pictures
 from pointalign.errors import DataError
 
-# What map_Kd may say before the file's name, and how many words each option takes.
+# What map_Kd may say before the file's name, and how many words each option takes; of the last three at least one, and as
+# many more as are numbers.
 MAP_OPTIONS = {
     **dict.fromkeys(["-blendu", "-blendv", "-cc", "-clamp", "-bm", "-boost", "-texres", "-imfchan", "-type"], 1),
     "-mm": 2,
     **dict.fromkeys(["-o", "-s", "-t"], 3),
 }
+PLACING = ("-o", "-s", "-t")
+# Statements whose words are names, in which a # may stand.
+NAMING = (b"usemtl", b"mtllib")
 
 
 @dataclass
 class Material:
-    """What a material library says of one material: Kd, map_Kd and its opacity."""
+    """What a material library says of one material: Kd, map_Kd (and whether that is moved or scaled) and its opacity."""
 
     diffuse: list[float] | None = None
     texture: str | None = None
+    placed: bool = False
     opacity: float = 1.0
 
 
@@ -59,7 +65,7 @@ class _Reader:
         self.libraries: list[str] = []
         faces = self.groups.setdefault(None, _Faces())
         for line in _whole_lines(source):
-            words = line.split()
+            words = line.split(b"#", 1)[0].split() if b"#" in line and not line.startswith(NAMING) else line.split()
             match words[0] if words else b"":
                 case b"v":
                     self._vertex(words)
@@ -133,12 +139,13 @@ def read_obj(source: Source) -> Surface:
     companions, pictures = Companions(source), Pictures(source.name)
     materials: dict[str, Material] = {}
     for library in reader.libraries:
-        materials.update(_read_library(library, companions))
+        for name in companions.names_in(library):
+            materials.update(_read_library(name, companions))
     surface = Surface()
     for name, faces in reader.groups.items():
         if len(faces.sizes):
-            paint = _paint(materials.get(name or ""), companions, pictures)
-            surface.add(_part(reader, faces, vertices, rgb, paint), source.name)
+            material = _worn(name or "", materials, companions)
+            surface.add(_part(reader, faces, vertices, rgb, _paint(material, companions, pictures)), source.name)
     if not surface.parts:
         surface.points = vertices if rgb is None else np.concatenate([vertices, rgb], axis=1)
     surface.notes += [*companions.notes, *pictures.notes]
@@ -174,6 +181,14 @@ def _part(reader: _Reader, faces: _Faces, vertices: np.ndarray, rgb: np.ndarray 
     return Part(vertices, triangles, paint)
 
 
+def _worn(name: str, materials: dict[str, Material], companions: Companions) -> Material | None:
+    """The material of a name, which a comment may follow; one that no library has is noted."""
+    found = materials.get(name) or materials.get(name.split("#")[0].strip())
+    if name and materials and found is None:
+        companions.note(f"material {name!r} is in none of its libraries")
+    return found
+
+
 def _read_library(name: str, companions: Companions) -> dict[str, Material]:
     try:
         data = companions.get(name)
@@ -201,17 +216,30 @@ def parse_materials(data: bytes) -> dict[str, Material]:
                 values = [float(word) for word in words[1:4]]
                 current.diffuse = values if len(values) == 3 else values[:1] * 3
             case b"map_kd":
-                current.texture = _map_name(_rest(line))
+                current.texture, current.placed = _map_name(_rest(line))
             case b"d":
                 current.opacity = float(words[-1])
     return materials
 
 
-def _map_name(text: str) -> str:
-    words = text.split()
-    while words and words[0].lower() in MAP_OPTIONS:
-        words = words[1 + MAP_OPTIONS[words[0].lower()] :]
-    return text if words == text.split() else " ".join(words)
+def _map_name(text: str) -> tuple[str, bool]:
+    """The texture's file, and whether options move or scale the texture."""
+    words, placed = text.split(), False
+    while words and (option := words[0].lower()) in MAP_OPTIONS:
+        count = MAP_OPTIONS[option]
+        if option in PLACING:
+            placed = True
+            count = 1 + sum(1 for _ in takewhile(_is_number, words[2 : 1 + count]))
+        words = words[1 + count :]
+    return (text if words == text.split() else " ".join(words)), placed
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _paint(material: Material | None, companions: Companions, pictures: Pictures) -> Paint:
@@ -226,6 +254,8 @@ def _paint(material: Material | None, companions: Companions, pictures: Pictures
             data = companions.get(material.texture)
         except FileNotFoundError:
             return paint  # and `companions` has noted it
+        if material.placed:
+            companions.note(f"texture {material.texture!r} is moved or scaled by its material, which is not done")
         paint.texture = pictures.decode(data, material.texture)
         paint.colored = paint.colored or paint.texture is not None
     return paint

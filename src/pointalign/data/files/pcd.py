@@ -38,8 +38,12 @@ class _Layout(NamedTuple):
         return np.dtype([(f"{number}", kind) for number, kind in enumerate(kinds)])
 
 
-def read_pcd(source: Source) -> Table:
+def read_pcd(source: Source, every: bool = False) -> Table:
     """Open a .pcd; colours packed into `rgb` or `rgba` are unpacked.
+
+    Args:
+        source: the file.
+        every: give all fields of one number, not those alone whose names are known.
 
     Raises:
         DataError: when its header is not understood, or it is shorter than that says.
@@ -47,7 +51,11 @@ def read_pcd(source: Source) -> Table:
     Source: the PCD file format, version 0.7 (Point Cloud Library).
     """
     layout = _read_header(source)
-    used = [number for number, f in enumerate(layout.fields) if f.count == 1 and (is_used(f.name) or f.name in PACKED)]
+    used = [
+        number
+        for number, f in enumerate(layout.fields)
+        if f.count == 1 and (every or is_used(f.name) or f.name in PACKED)
+    ]
     columns: list[Column] = []
     for number in used:
         name, kind, _ = layout.fields[number]
@@ -107,12 +115,13 @@ def _ascii_rows(source: Source, layout: _Layout, used: list[int]) -> Iterator[np
 
 
 def _typed(numbers: np.ndarray, field: _Field) -> np.ndarray:
-    """A packed colour written as a number: a tiny float is its bits, as PCL once wrote it, any other its value."""
+    """A packed colour written as a number: a float that can be no value is its bits, as PCL once wrote it; a whole number
+    below zero is one without a sign."""
     if field.name not in PACKED:
         return numbers
     bits = numbers.astype("<f4").view("<u4")
-    whole = np.nan_to_num(numbers).clip(0, 2**32 - 1).astype("<u4")
-    return np.where(np.abs(numbers) >= 1, whole, bits) if field.kind[1] == "f" else whole
+    whole = (np.nan_to_num(numbers).clip(-(2**31), 2**32 - 1).astype("<i8") & 0xFFFFFFFF).astype("<u4")
+    return np.where((numbers >= 1) & (numbers < 2**32), whole, bits) if field.kind[1] == "f" else whole
 
 
 def _binary_rows(source: Source, layout: _Layout, used: list[int]) -> Iterator[np.ndarray]:

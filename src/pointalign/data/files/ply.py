@@ -165,8 +165,13 @@ def is_mesh(header: Header) -> bool:
     return header.element("face") is not None or header.element("tristrips") is not None
 
 
-def read_ply_cloud(source: Source, header: Header) -> Table:
+def read_ply_cloud(source: Source, header: Header, every: bool = False) -> Table:
     """The vertices of a .ply without faces, in pieces.
+
+    Args:
+        source: the file.
+        header: what it announces.
+        every: give all properties, not those alone whose names are known.
 
     Raises:
         DataError: when there are none, or they stand behind or hold lists.
@@ -177,7 +182,7 @@ def read_ply_cloud(source: Source, header: Header) -> Table:
     before = header.elements[: header.elements.index(vertex)]
     if vertex.has_lists or any(element.has_lists and element.count for element in before):
         raise DataError(f"{source.name} has lists in or before its vertices; export it with plain vertices first")
-    used = [prop for prop in vertex.properties if is_used(prop.name)] or vertex.properties
+    used = [prop for prop in vertex.properties if every or is_used(prop.name)] or vertex.properties
     columns = tuple(Column(prop.name, prop.type) for prop in used)
     kept = [vertex.properties.index(prop) for prop in used]
     if header.encoding == "ascii":

@@ -25,7 +25,7 @@ def read_stl(source: Source) -> Surface:
     count = int.from_bytes(head[80:84], "little")
     if len(head) == HEADER_BYTES and source.size == HEADER_BYTES + count * TRIANGLE.itemsize:
         corners = _read_binary(source, count)
-    elif head.lstrip().lower().startswith(b"solid"):
+    elif head.lstrip().lower().startswith(b"solid") and b"\0" not in head:
         source.file.seek(0)
         corners = _read_text(source)
     else:
@@ -57,7 +57,7 @@ def _read_text(source: Source) -> np.ndarray:
     numbers = array("d")
     for line in source.lines():
         words = line.split()
-        if words[:1] == [b"vertex"] or words[:1] == [b"VERTEX"]:
+        if words and words[0].lower() == b"vertex":
             if len(words) != 4:
                 raise DataError(f"{source.name} has a vertex of {len(words) - 1} numbers; the file is broken")
             numbers.extend(map(float, words[1:]))

@@ -58,6 +58,14 @@ class Companions:
         except (OSError, ValueError):
             return False
 
+    def names_in(self, text: str) -> list[str]:
+        """The files that a statement names: one, in whose name there may be blanks, or several."""
+        words = text.split("#")[0].split()
+        if len(words) < 2 or (self.path is not None and self._is_inside(self.path.parent / text.strip())):
+            return [text]
+        found = [word for word in words if self.find(word) is not None]
+        return words if len(found) > 1 else [text.split("#")[0].strip()]
+
     def get(self, key: str) -> bytes:
         """The bytes of a file that the mesh names.
 

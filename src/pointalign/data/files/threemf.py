@@ -70,6 +70,7 @@ class _Archive:
         self.members = {info.filename.lower().lstrip("/"): info for info in archive.infolist()}
         self.models: dict[Key, Model] = {}
         self.palette: list[tuple[float, ...]] = [(*UNCOLORED, 1.0)]
+        self.colors = np.empty((0, 4))
         self.items: list[Placed] = []
         self.notes: set[str] = set()
         self.read: set[str] = set()
@@ -103,9 +104,15 @@ class _Archive:
         if model.faces:
             vertices = np.frombuffer(model.vertices, dtype=np.float64).reshape(-1, 3)
             faces = checked_faces(np.frombuffer(model.faces, np.int64).reshape(-1, 3), len(vertices), self.name)
-            surface.add(Part(vertices @ turned[:3] + turned[3], faces, _paint(model, self.palette)), self.name)
+            surface.add(Part(vertices @ turned[:3] + turned[3], faces, _paint(model, self._colors())), self.name)
         for piece in model.parts:
             self.place(piece, turned, surface, depth + 1)
+
+    def _colors(self) -> np.ndarray:
+        """The palette (P, 4), one array for all objects until another part adds to it."""
+        if len(self.colors) != len(self.palette):
+            self.colors = np.array(self.palette)
+        return self.colors
 
     def _read_part(self, part: str) -> None:
         self.read.add(part)
@@ -152,7 +159,7 @@ class _Archive:
                 (model.parts if name == "component" else self.items).append(placed)
             above.pop()
             if above:
-                above[-1].clear()
+                above[-1].remove(element)
 
 
 def _triangle(model: Model, attributes: dict[str, str], groups: dict[str, list[int]]) -> None:
@@ -178,9 +185,9 @@ def _transform(text: str | None) -> np.ndarray:
     return np.eye(4, 3) if text is None else np.array(text.split(), dtype=np.float64).reshape(4, 3)
 
 
-def _paint(model: Model, palette: list[tuple[float, ...]]) -> Paint:
+def _paint(model: Model, palette: np.ndarray) -> Paint:
     corners = np.frombuffer(model.colors, dtype=np.int64).reshape(-1, 3)
     paint = plain_paint()
     if corners.any():
-        paint.colored, paint.corner_rgba, paint.corners = True, np.array(palette), corners
+        paint.colored, paint.corner_rgba, paint.corners = True, palette, corners
     return paint
