@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,13 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from pointalign.config import ModelSettings, Recipe, from_dict, load_recipe
+from pointalign.config import ModelSettings, Recipe, check_numbers, from_dict, load_recipe, recipe_names
 from pointalign.errors import ConfigError, DataError, PointAlignError
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
 from pointalign.recipe_trainer import RecipeTrainer
 from pointalign.run_folder import RunFolder
-from pointalign.runs import build_model, train
+from pointalign.runs import build_model, check_recipe, train
 from pointalign.training import AlignmentTrainer
 from recording import Recorded
 
@@ -468,6 +470,101 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(unbroken: Path, start: Pat
 def test_a_run_is_not_resumed_with_another_recipe(unbroken: Path, start: Path) -> None:
     with pytest.raises(ConfigError, match=r"another recipe \(seed: 42 there, 43 now\)"):
         train(tiny_recipe(start, seed=43), unbroken, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("optimizer.max_steps", 0, "optimizer.max_steps is 0; give a number that is at least 1"),
+        ("optimizer.learning_rate", 0.0, "optimizer.learning_rate is 0.0; give a number that is above 0"),
+        ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate is nan"),
+        ("optimizer.gradient_accumulation", -1, "optimizer.gradient_accumulation is -1"),
+        ("optimizer.beta2", 1.0, "optimizer.beta2 is 1.0; give a number that is at least 0 and below 1"),
+        ("lora.rank", 0, "lora.rank is 0"),
+        ("lora.dropout", -0.1, "lora.dropout is -0.1"),
+        ("alignment.weight", -1.0, "alignment.weight is -1.0"),
+        ("alignment.stop_fraction", 0.0, "give a number that is above 0 and at most 1"),
+        ("save_steps", 0, "save_steps is 0"),
+        ("data.sets", [], "data.sets is empty"),
+        ("trains", [], "trains names no part"),
+    ],
+)
+def test_numbers_that_cannot_be_leave_the_folder_free(
+    start: Path, tmp_path: Path, key: str, value: Any, told: str
+) -> None:
+    recipe = tiny_recipe(start)
+    *path, last = key.split(".")
+    setattr(reduce(getattr, path, recipe), last, value)
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_all_bundled_recipes_have_numbers_that_can_be() -> None:
+    for name in recipe_names():
+        check_numbers(load_recipe(name))
+
+
+def test_a_run_that_never_began_may_be_another(start: Path, tmp_path: Path) -> None:
+    broken = tiny_recipe(start, lora={"rank": 2, "alpha": 4, "target_modules": ["nothing_of_that_name"]})
+    with pytest.raises(ConfigError, match=r"lora.target_modules .*nothing_of_that_name.* fit no linear of this model"):
+        train(broken, tmp_path / "run")
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
+    recipe = tiny_recipe(start)
+    RunFolder(tmp_path / "run").open(recipe, resume=False)
+    assert RunFolder(tmp_path / "run").changed_settings(recipe) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"trains": ["point_encoder", "language_model_lora"]}, "leave language_model_lora out of trains"),
+        ({"trains": ["point_encoder"], "gradient_checkpointing": True}, "leave gradient_checkpointing out"),
+        ({"trains": ["point_encoder"], "compile": True}, "leave compile out"),
+    ],
+)
+def test_what_the_encoder_stage_does_not_do(start: Path, tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        train(tiny_recipe(start, stage="encoder", **changes), tmp_path / "run")
+
+
+def test_the_encoder_stage_is_of_one_process(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="so one process trains it"):
+        check_recipe(tiny_recipe(start, stage="encoder", trains=["point_encoder"]))
+
+
+def test_a_resumed_run_saves_and_logs_as_it_is_told_now(unbroken: Path, start: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    shutil.rmtree(run / "model")
+    for checkpoint in (run / "checkpoints").glob("checkpoint-*"):
+        if checkpoint.name != "checkpoint-6":
+            shutil.rmtree(checkpoint)
+    (run / ".model-left").mkdir()
+    train(tiny_recipe(start, save_steps=1, logging_steps=1), run, resume=True)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"checkpoint-7", "checkpoint-8"}
+    assert [line["step"] for line in RunFolder(run).metrics()][-2:] == [7, 8]
+    assert not (run / ".model-left").exists(), "what a process that was killed had left"
+
+
+@pytest.mark.parametrize("trains", [["language_model_lora"], ["language_model_norms"]])
+def test_frozen_weights_are_saved_as_they_came(start: Path, tmp_path: Path, trains: list[str]) -> None:
+    """Rounded for training in bfloat16; in a folder that holds all weights, and in one that names its language model."""
+    whole = PointAlignForConditionalGeneration.from_pretrained(start)
+    whole.config.language_model = None
+    whole.save_pretrained(tmp_path / "whole")
+    load_processor(start).save_pretrained(tmp_path / "whole")
+    before = load_file(tmp_path / "whole" / "model.safetensors")
+    for name, folder in (("own", tmp_path / "whole"), ("named", start)):
+        recipe = tiny_recipe(folder, precision="bf16", trains=trains)
+        recipe.optimizer.max_steps = 2
+        train(recipe, tmp_path / name)
+        file = tmp_path / name / "model" / "model.safetensors"
+        after = {key: tensor for key, tensor in load_file(file).items() if key.startswith("language_model.")}
+        assert bool(after) == (name == "own")
+        for key, tensor in after.items():
+            assert tensor.dtype == before[key].dtype == torch.float32
+            assert torch.equal(tensor, before[key]) or "norm" in key, key
 
 
 def test_values_that_change_places_are_another_recipe(start: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -275,6 +276,46 @@ class Recipe:
     """Steps between logged metrics; what is saved is logged too."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers that transformers' Trainer knows."""
+
+
+# What numbers of a recipe may be: at least, above, at most, and below; None where nothing bounds them.
+BOUNDS: dict[str, tuple[float | None, float | None, float | None, float | None]] = {
+    **dict.fromkeys(("optimizer.max_steps", "optimizer.gradient_accumulation"), (1, None, None, None)),
+    **dict.fromkeys(("logging_steps", "save_steps"), (1, None, None, None)),
+    **dict.fromkeys(("lora.rank", "qformer_lora.rank", "lora.alpha", "qformer_lora.alpha"), (1, None, None, None)),
+    **dict.fromkeys(("lora.dropout", "qformer_lora.dropout", "optimizer.beta2"), (0, None, None, 1)),
+    "optimizer.learning_rate": (None, 0, None, None),
+    **dict.fromkeys(("optimizer.min_learning_rate", "optimizer.warmup_start"), (0, None, None, None)),
+    **dict.fromkeys(("optimizer.weight_decay", "optimizer.max_grad_norm"), (0, None, None, None)),
+    **dict.fromkeys(("optimizer.warmup_steps", "alignment.weight"), (0, None, None, None)),
+    **dict.fromkeys(("alignment.stop_fraction", "data.fraction"), (None, 0, 1, None)),
+    "data.size_told": (0, None, 1, None),
+}
+
+
+def check_numbers(recipe: Recipe) -> None:
+    """See that a recipe's numbers can be, and that something trains on something.
+
+    Raises:
+        ConfigError: when one cannot.
+    """
+    for key, (least, above, most, below) in BOUNDS.items():
+        value: Any = recipe
+        for name in key.split("."):
+            value = getattr(value, name)
+        bounds = (
+            (f"at least {least:g}" if least is not None else None, least is None or value >= least),
+            (f"above {above:g}" if above is not None else None, above is None or value > above),
+            (f"at most {most:g}" if most is not None else None, most is None or value <= most),
+            (f"below {below:g}" if below is not None else None, below is None or value < below),
+        )
+        if not math.isfinite(value) or not all(holds for _, holds in bounds):
+            wanted = " and ".join(told for told, _ in bounds if told)
+            raise ConfigError(f"{key} is {value}; give a number that is {wanted}")
+    if not recipe.trains:
+        raise ConfigError("trains names no part, so nothing would be trained; name some")
+    if not recipe.data.sets:
+        raise ConfigError("data.sets is empty, so there is nothing to train on; name a set of conversation types")
 
 
 def check_seed(seed: int) -> None:

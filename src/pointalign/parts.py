@@ -57,12 +57,15 @@ def add_lora(model: PointAlignForConditionalGeneration, settings: LoraSettings, 
     Norm weights that train are copied into the adapter (peft's `modules_to_save`), so that the saved adapter is complete
     and the base model stays as it was.
 
+    Raises:
+        ConfigError: when the settings name no linear of this language model.
+
     Source: PointAlign (arXiv 2603.00412): r=64, alpha=16, dropout 0.05 on the attention's linears; norm weights train.
     """
     if isinstance(model.language_model, PeftModel):
         _say_if_other(model.language_model, settings, "language model", "lora")
         return
-    model.language_model = get_peft_model(
+    model.language_model = _adapted(
         model.language_model,
         LoraConfig(
             task_type="CAUSAL_LM",
@@ -72,7 +75,23 @@ def add_lora(model: PointAlignForConditionalGeneration, settings: LoraSettings, 
             target_modules=settings.target_modules,
             modules_to_save=norm_modules(model.language_model) if train_norms else None,
         ),
+        "lora",
     )
+
+
+def _adapted(part: Any, settings: LoraConfig, name: str) -> Any:
+    """A part with a new LoRA around it.
+
+    Raises:
+        ConfigError: when peft finds nothing to adapt.
+    """
+    try:
+        return get_peft_model(part, settings)
+    except ValueError as error:
+        raise ConfigError(
+            f"{name}.target_modules {settings.target_modules} fit no linear of this model "
+            f"({str(error).splitlines()[0][:100]}); name some, or all-linear"
+        ) from error
 
 
 def add_qformer_lora(model: PointAlignForConditionalGeneration, settings: LoraSettings, train_norms: bool) -> None:
@@ -88,7 +107,7 @@ def add_qformer_lora(model: PointAlignForConditionalGeneration, settings: LoraSe
     if isinstance(connector.qformer, PeftModel):
         _say_if_other(connector.qformer, settings, "Q-Former", "qformer_lora")
         return
-    connector.qformer = get_peft_model(  # pyright: ignore[reportAttributeAccessIssue]
+    connector.qformer = _adapted(
         connector.qformer,
         LoraConfig(
             r=settings.rank,
@@ -97,6 +116,7 @@ def add_qformer_lora(model: PointAlignForConditionalGeneration, settings: LoraSe
             target_modules=settings.target_modules,
             modules_to_save=norm_modules(connector.qformer) if train_norms else None,
         ),
+        "qformer_lora",
     )
 
 

@@ -49,7 +49,7 @@ class RunFolder:
         Raises:
             ConfigError: when the folder holds another run, when there is nothing to resume, or when it cannot be written.
         """
-        started = self.recipe_file.is_file()
+        started = self.recipe_file.is_file() and self.has_begun()
         if started and not resume:
             raise ConfigError(f"{self.path} holds a run already; add --resume to go on with it, or name another --out")
         if started:
@@ -63,6 +63,11 @@ class RunFolder:
             raise ConfigError(
                 f"cannot write {self.path}: {error.strerror}; free some space or name another --out"
             ) from error
+
+    def has_begun(self) -> bool:
+        """Whether there is anything to go on with; a run that failed before its first step leaves nothing."""
+        left = any(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else False
+        return left or self.model.exists() or self.metrics_file.is_file()
 
     def _check_same(self, recipe: Recipe) -> None:
         if changed := self.changed_settings(recipe):

@@ -87,6 +87,8 @@ class RunCallback(TrainerCallback):
         self._group: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A checkpoint's are those of the run that wrote it.
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
         if args.world_size > 1:
             # What the processes tell one another goes from CPU to CPU: no device is waited for.
             self._group = dist.new_group(backend="gloo")

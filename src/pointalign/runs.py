@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from pointalign.alignment import AlignmentRegularizer, check_layers
 from pointalign.augmentation import AugmentedConversations
-from pointalign.config import ModelSettings, Recipe, check_seed, load_recipe, recipe_names
+from pointalign.config import ModelSettings, Recipe, check_numbers, check_seed, load_recipe, recipe_names
 from pointalign.contrastive import train_encoder
 from pointalign.data.conversations import ConversationDataset, PointCloudSource
 from pointalign.data.features import FeatureCache, weights_fingerprint
@@ -41,7 +42,7 @@ from pointalign.released import released_messages
 from pointalign.run_folder import RunFolder
 from pointalign.run_loop import run_trainer, uses_bf16
 from pointalign.sharding import gather_weights
-from pointalign.storage import cache_dir, written_folder
+from pointalign.storage import cache_dir, remove_unfinished, written_folder
 from pointalign.training import build_regularizer, build_trainer
 
 PROJECTOR_FILE = "alignment_projector.safetensors"
@@ -222,6 +223,8 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
             folder.open(recipe, resume)
         if finished:
             return _summary(recipe, folder, None, 0.0)
+        if is_first_process():
+            remove_unfinished(folder.model)
         start = time.monotonic()
         set_seed(recipe.seed)
         counts = _train(recipe, folder)
@@ -259,8 +262,9 @@ def check_recipe(recipe: Recipe) -> None:
         raise ConfigError(f"workers {recipe.workers} is no number of processes; give 0 or more")
     if recipe.workers and "fork" not in multiprocessing.get_all_start_methods():
         raise ConfigError("workers need a system whose processes can be forked; leave workers at 0 here")
-    if recipe.fsdp and recipe.stage == "encoder":
-        raise ConfigError("fsdp splits a language model; stage encoder trains none: leave fsdp out")
+    check_numbers(recipe)
+    if recipe.stage == "encoder":
+        _check_encoder_stage(recipe)
     start = recipe.model.start_from
     if starts_from_nothing(start):
         bundled = recipe.name in recipe_names() and load_recipe(recipe.name).model.start_from == start
@@ -277,6 +281,23 @@ def check_recipe(recipe: Recipe) -> None:
         check_layers(recipe.alignment.layers, text.get_text_config(decoder=True).num_hidden_layers)
 
 
+def _check_encoder_stage(recipe: Recipe) -> None:
+    """See that a recipe of stage encoder asks for nothing that belongs to the language model's.
+
+    Raises:
+        ConfigError: when it does.
+    """
+    if recipe.fsdp:
+        raise ConfigError("fsdp splits a language model; stage encoder trains none: leave fsdp out")
+    if named := [name for name in recipe.trains if name.startswith("language_model")]:
+        raise ConfigError(f"stage encoder trains no language model; leave {', '.join(named)} out of trains")
+    for name in ("gradient_checkpointing", "compile", "cuda_graphs", "float8"):
+        if getattr(recipe, name):
+            raise ConfigError(f"{name} is about a language model's blocks; stage encoder trains none: leave {name} out")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("stage encoder contrasts the clouds of a batch with each other, so one process trains it")
+
+
 def starts_from_nothing(start: str | None) -> bool:
     """Whether a folder that a recipe starts from is not there; a Hub id, which has one slash, may be."""
     return start is not None and start.count("/") >= 2 and not Path(start).is_dir()
@@ -285,13 +306,14 @@ def starts_from_nothing(start: str | None) -> bool:
 def _train(recipe: Recipe, folder: RunFolder) -> dict[str, int]:
     model, processor = build_model(recipe.model, missing_color(recipe.data))
     counts = prepare_parts(model, recipe)
+    came_from = model.config.language_model
     if changes_base(model):
         model.config.language_model = None
     if recipe.stage == "encoder":
         trainer, regularizer = train_encoder(recipe, folder, model, processor), None
     else:
         if uses_bf16(recipe):
-            cast_frozen(model)
+            cast_frozen(model, came_from)
         trainer, regularizer = train_language(recipe, folder, model, processor)
     gather_weights(model)
     if regularizer is not None:
@@ -384,12 +406,17 @@ def changes_base(model: PointAlignForConditionalGeneration) -> bool:
     )
 
 
-def cast_frozen(model: PointAlignForConditionalGeneration) -> None:
+def cast_frozen(model: PointAlignForConditionalGeneration, came_from: str | None = None) -> None:
     """Keep the language model's frozen matrices in bfloat16, as they are multiplied; what trains stays float32.
 
     Vectors stay too: a norm cannot have its weight in one precision and its bias in another. They are copied, because one
-    that still lies in the mapped file of weights keeps the whole file in memory.
+    that still lies in the mapped file of weights keeps the whole file in memory. Saved they are as they came.
+
+    Args:
+        model: see above.
+        came_from: name or folder of its language model, where that is not in the model's own folder.
     """
+    model.rounded_from = came_from or model.weights_folder
     for parameter in model.language_model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.bfloat16) if parameter.ndim >= 2 else parameter.data.clone()

@@ -80,6 +80,12 @@ def written_folder(target: Path, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_unfinished(target: Path) -> None:
+    """Remove what a process that was killed left of `written_folder`; no other may be writing the target."""
+    for path in target.parent.glob(f".{target.name}-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def lie_in_each_other(one: Path, other: Path) -> bool:
     """Whether writing one of two folders anew would take the other, or a part of it."""
     first, second = one.resolve(), other.resolve()

@@ -74,6 +74,14 @@ def test_the_command_checks_targets(checkout: Path, capsys: pytest.CaptureFixtur
         assert "met    train_step: peak memory, of the published procedure's: 0.45, to be at most 0.5" in output.err
 
 
+@pytest.mark.parametrize("content", ["x", "[1]"])
+def test_a_broken_result_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "data.json").write_text(content)
+    benchmark = next(one for one in BENCHMARKS if one.name == "data")
+    with pytest.raises(ConfigError, match=r"data.json is no benchmark's result; delete it"):
+        bench.run_one(benchmark, tmp_path, tmp_path, "tiny")
+
+
 def test_targets_by_hand() -> None:
     measured = {"train_stage": {"peak_memory_gib": 24.1}, "train_stage_float8": {"share_of_peak": 0.5}}
     found = verdicts(measured, "paper", "cuda", set(measured))

@@ -317,3 +317,12 @@ def test_an_entry_of_wrong_kinds(object_id, value, told):
     turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "y"}]
     with pytest.raises(DataError, match=told):
         parse_conversation({"object_id": object_id, "conversations": turns}, "file, entry 0")
+
+
+def test_released_positions_know_one_cloud_a_conversation(dataset, processor):
+    sample = dataset[0]
+    several = {**sample, "points": sample["points"] * 2}
+    with pytest.raises(
+        DataError, match="shows several clouds, and the released code's positions of the alignment loss know one"
+    ):
+        Collator(processor, alignment_positions=lambda labels: labels != -100)([several])

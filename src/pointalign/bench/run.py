@@ -74,11 +74,16 @@ def run_one(benchmark: Benchmark, scripts: Path, out: Path, size: Size) -> dict[
     """A benchmark's JSON line: read where it is done already, else run; None when it failed, which is said.
 
     Raises:
-        ConfigError: when the folder holds its result at another size.
+        ConfigError: when the folder holds its result at another size, or something else.
     """
     done, log = out / f"{benchmark.name}.json", out / f"{benchmark.name}.log"
     if done.is_file():
-        result = json.loads(done.read_text(encoding="utf-8"))
+        try:
+            result = json.loads(done.read_text(encoding="utf-8"))
+        except ValueError:
+            result = None
+        if not isinstance(result, dict):
+            raise ConfigError(f"{done} is no benchmark's result; delete it")
         if result.get("size") != size:
             raise ConfigError(f"{done} is of size {result.get('size')}, not {size}; name another --out, or delete it")
         say(f"{benchmark.name}: done already ({done})")

@@ -335,7 +335,15 @@ class Collator:
             `input_ids`, `labels` (B, L); `logits_to_keep`, the positions whose next token is a label in some row;
             `alignment_mask` (B, L), true where hidden states are aligned; each of the points' tensors, stacked; and
             `attention_mask` (B, L), or for packed conversations, where B is 1, what `packing` gives.
+
+        Raises:
+            DataError: when a conversation shows several clouds, and other positions than the point tokens are aligned.
         """
+        if self.alignment_positions is not None and any(len(sample["points"]) > 1 for sample in samples):
+            raise DataError(
+                "a conversation here shows several clouds, and the released code's positions of the alignment loss know one; "
+                "leave as_released out, or such conversations"
+            )
         ids, labels = [sample["input_ids"] for sample in samples], [sample["labels"] for sample in samples]
         batch = self._padded(ids, labels) if self.packing is None else self._packed(ids, labels, self.packing)
         batch["logits_to_keep"] = (batch["labels"][:, 1:] != -100).any(dim=0).nonzero().flatten()

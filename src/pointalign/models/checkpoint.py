@@ -60,7 +60,11 @@ def save_own_weights(model: Any, folder: Path, self_contained: bool, save: Calla
         if model.config.quantize is not None:
             # What was quantised is quantised again when it is read, so the weights stay as they came.
             state = {name: tensor for name, tensor in state.items() if not name.startswith("language_model.")}
-            state.update(_unquantized_weights(model, reference))
+            state.update(_weights_as_they_came(model, reference or model.weights_folder))
+        elif model.rounded_from is not None:
+            came = _weights_as_they_came(model, model.rounded_from)
+            rounded = {name for name, tensor in state.items() if name in came and tensor.dtype == torch.bfloat16}
+            state.update({name: came[name] for name in rounded})
     else:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("language_model.")}
     try:
@@ -73,11 +77,16 @@ def save_own_weights(model: Any, folder: Path, self_contained: bool, save: Calla
             module.save_pretrained(str(folder / adapter_folder(part)))
 
 
-def _unquantized_weights(model: Any, reference: str | None) -> dict[str, Tensor]:
-    """The language model's weights before they were quantised, by their names in a folder that holds them."""
-    if reference is None:
-        return language_model_weights(model.quantized_from)
-    language_model = load_language_model(reference)
+def _weights_as_they_came(model: Any, source: str | Path) -> dict[str, Tensor]:
+    """The language model's weights before they were quantised or rounded, by their names in a folder that holds them.
+
+    Args:
+        model: whose they are.
+        source: the model's own folder (a path) or the language model's name.
+    """
+    if isinstance(source, Path):
+        return language_model_weights(source)
+    language_model = load_language_model(source)
     fit_embeddings(language_model, model.config.text_config.vocab_size)
     return {f"language_model.{name}": tensor for name, tensor in language_model.state_dict().items()}
 
@@ -224,7 +233,7 @@ def load_own_weights(
             )
         if config.quantize is not None:
             adopt(model, model.language_model)
-            model.quantized_from = folder
+        model.weights_folder = folder
     else:
         language_model = load_language_model(config.language_model, quantize=config.quantize, **kwargs)
         fit_embeddings(language_model, config.text_config.vocab_size)
@@ -261,7 +270,7 @@ def _folded(model: Any, part: str, path: Path) -> bool:
     if not fold_adapter(_part(model, part), settings, state):
         return False
     if part == "language_model":
-        model.config.language_model = None
+        model.config.language_model = model.weights_folder = None
     return True
 
 

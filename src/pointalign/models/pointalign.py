@@ -125,8 +125,14 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
     the prompt, the padding side or the number of clouds. Before the language model, modules without a trainable weight
     stay in evaluation mode while the model trains, so that frozen parts compute what they will compute later; where only
     LoRA and norm weights train, its dropout alone is active. So does a language model of which nothing trains.
+
+    Attributes:
+        weights_folder: holds the language model's weights as they came, where the model's own folder does.
+        rounded_from: where those lie whose frozen matrices were rounded for training; None when none were.
     """
 
+    weights_folder: Path | None = None
+    rounded_from: str | Path | None = None
     config_class = PointAlignConfig
     config: PointAlignConfig
     base_model_prefix = ""
@@ -210,7 +216,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         folder holds all weights.
         """
         if merge_adapters(self):
-            self.config.language_model = None
+            self.config.language_model = self.weights_folder = None
 
     def embed_inputs(
         self, input_ids: Tensor, point_tokens: Tensor | None = None, point_positions: Tensor | None = None
