@@ -171,7 +171,7 @@ def logits(model: PointAlignForConditionalGeneration) -> Tensor:
 def test_the_stages_follow_each_other_from_folder_to_folder(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, chain: list[str]
 ) -> None:
-    """Every folder gives back the very model that was trained, weight by weight and to the last bit of its logits."""
+    """Every folder gives back the model that was trained, weight by weight and, in float32, to the last bit of its logits."""
     saved: list[Any] = []
     save = PointAlignForConditionalGeneration.save_pretrained
 
@@ -188,9 +188,12 @@ def test_the_stages_follow_each_other_from_folder_to_folder(
         train(recipe, tmp_path / name)
         start = tmp_path / name / "model"
         trained, loaded = saved[-1], PointAlignForConditionalGeneration.from_pretrained(start)
-        weights = {weight: tensor.float() for weight, tensor in trained.state_dict().items()}
+        weights = trained.state_dict()
         assert weights.keys() == loaded.state_dict().keys()
-        assert all(torch.equal(weights[weight], tensor.float()) for weight, tensor in loaded.state_dict().items())
+        # What is frozen may have been trained on in bfloat16; it is saved as it came.
+        assert all(
+            torch.equal(weights[name], tensor.to(weights[name].dtype)) for name, tensor in loaded.state_dict().items()
+        )
         seen.append(logits(loaded))
         assert not torch.equal(seen[-1], seen[-2]), name
         if precision == "fp32":
