@@ -18,7 +18,7 @@ from trimesh.visual import ColorVisuals
 from pointalign import PointCloud, load_point_cloud
 from pointalign.data.files.meshes import read_mesh, sample_mesh
 from pointalign.data.files.obj import parse_materials
-from pointalign.data.files.polygons import checked_faces, fans
+from pointalign.data.files.polygons import checked_faces, cut_polygons, fans
 from pointalign.data.files.surface import CLAMP, MIRROR, REPEAT, UNCOLORED, Paint, Part, _wrapped, sample_surface
 from pointalign.errors import DataError, MissingDependencyError
 
@@ -388,6 +388,64 @@ def test_errors_say_what_and_what_to_do(tmp_path: Path) -> None:
 
 
 SQUARE = "v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 1 1\nvt 0 1\n"
+
+
+def outline(count: int, seed: int) -> np.ndarray:
+    """A polygon (count, 2) around the origin, with corners near and far: most are concave."""
+    rng = np.random.default_rng(seed)
+    angles = (np.arange(count) + rng.uniform(0.1, 0.9, count)) * 2 * np.pi / count
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * rng.uniform(0.1, 1, count)[:, None]
+
+
+def area(corners: np.ndarray) -> float:
+    """By the shoelace formula."""
+    x, y = corners.T
+    return abs(float((x * np.roll(y, -1) - y * np.roll(x, -1)).sum())) / 2
+
+
+@pytest.mark.parametrize("count", [4, 5, 9, 40])
+@pytest.mark.parametrize("turned", [False, True])
+def test_concave_polygons_are_covered_once(count: int, turned: bool) -> None:
+    """However they lie and whichever corner is first: the triangles' areas add up to the polygon's."""
+    rng = np.random.default_rng(count)
+    for seed in range(12):
+        flat = outline(count, seed)[:: -1 if turned else 1]
+        vertices = np.pad(flat, ((0, 0), (0, 1))) @ np.linalg.qr(rng.normal(size=(3, 3)))[0].T
+        corners = np.roll(np.arange(count), seed)
+        # A triangle and a square stand before it and stay as they are.
+        more = np.concatenate([vertices, [[0, 0, 5], [1, 0, 5], [1, 1, 5], [0, 1, 5]]])
+        listed = np.concatenate([count + np.arange(3), count + np.arange(4), corners])
+        cut, faces = cut_polygons(np.array([3, 4, count]), listed, np.array([0, 3, 7]), more, "x")
+        assert faces[:3].tolist() == [
+            [count, count + 1, count + 2],
+            [count, count + 1, count + 2],
+            [count, count + 2, count + 3],
+        ]
+        assert cut.of_polygons(np.arange(3)).tolist() == [0, 1, 1, *[2] * (count - 2)]
+        triangles = more[faces[3:]]
+        sides = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+        assert np.linalg.norm(sides, axis=1).sum() / 2 == pytest.approx(area(flat), rel=1e-9)
+        assert np.linalg.norm(sides.sum(axis=0)) / 2 == pytest.approx(area(flat), rel=1e-9), "all are turned one way"
+
+
+def test_a_polygon_whose_sides_cross_is_still_read(tmp_path: Path) -> None:
+    (tmp_path / "bow.obj").write_text("v 0 0 0\nv 1 1 0\nv 1 0 0\nv 0 1 0\nv .5 2 0\nf 1 2 3 4 5\n")
+    assert len(load_point_cloud(tmp_path / "bow.obj", n_points=50).array()) == 50
+
+
+@pytest.mark.parametrize("kind", ["obj", "ply", "off"])
+def test_no_point_lies_outside_of_a_notched_polygon(tmp_path: Path, kind: str) -> None:
+    corners = [(0, 0), (4, 0), (4, 4), (2, 1), (0, 4)]
+    rows = "".join(f"{x} {y} 0\n" for x, y in corners)
+    content = {
+        "obj": "".join(f"v {x} {y} 0\n" for x, y in corners) + "f 1 2 3 4 5\n",
+        "ply": "ply\nformat ascii 1.0\nelement vertex 5\nproperty float x\nproperty float y\nproperty float z\n"
+        f"element face 1\nproperty list uchar int vertex_indices\nend_header\n{rows}5 0 1 2 3 4\n",
+        "off": f"OFF\n5 1 0\n{rows}5 0 1 2 3 4\n",
+    }
+    (tmp_path / f"notch.{kind}").write_text(content[kind])
+    x, y, _ = load_point_cloud(tmp_path / f"notch.{kind}", n_points=500).points.T
+    assert (y <= 1 + 1.5 * np.abs(x - 2) + 1e-5).all()
 
 
 def test_several_libraries_on_one_line_and_comments(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from pointalign.data.files.polygons import checked_faces, fans
+from pointalign.data.files.polygons import cut_polygons
 from pointalign.data.files.source import (
     MAX_LINE_BYTES,
     MAX_PARTS,
@@ -165,9 +165,8 @@ def _vertex_colors(reader: _Reader, count: int) -> np.ndarray | None:
 def _part(reader: _Reader, faces: _Faces, vertices: np.ndarray, rgb: np.ndarray | None, paint: Paint) -> Part:
     sizes = np.frombuffer(faces.sizes, dtype=np.int32)
     starts = np.cumsum(sizes) - sizes
-    cut = fans(sizes, reader.name)
     corners = np.array(faces.vertices, dtype=np.int32)
-    triangles = checked_faces(cut.of_corners(corners, starts), len(vertices), reader.name)
+    cut, triangles = cut_polygons(sizes, corners, starts, vertices, reader.name)
     if paint.texture is not None:
         # The last row, (0, 0), is for corners that have none.
         uvs = np.append(np.frombuffer(reader.uvs, dtype=np.float64) if reader.uvs else [], [0.0, 0.0]).reshape(-1, 2)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pointalign.data.files.polygons import checked_faces, fans
+from pointalign.data.files.polygons import cut_polygons
 from pointalign.data.files.source import MAX_FACES, MAX_TEXT_MESH_BYTES, MAX_VERTICES, Source
 from pointalign.data.files.surface import UNCOLORED, Paint, Part, Surface, plain_paint
 from pointalign.errors import DataError
@@ -73,8 +73,7 @@ def _part(source: Source, lines: Iterator[list[bytes]], count: int, vertices: np
             shown.append(row)
             colors.extend(map(float, words[size + 1 : size + 4]))
     counts = np.array(sizes)
-    cut = fans(counts, source.name)
-    faces = checked_faces(cut.of_corners(np.array(flat), np.cumsum(counts) - counts), len(vertices), source.name)
+    cut, faces = cut_polygons(counts, np.array(flat), np.cumsum(counts) - counts, vertices, source.name)
     rgba = np.tile([*UNCOLORED, 1.0], (count, 1)) if shown else None
     if rgba is not None:
         rgba[np.array(shown), :3] = _fractions(np.array(colors).reshape(-1, 3), source)

@@ -6,7 +6,7 @@ import numpy as np
 
 from pointalign.data.files.columns import RGB, plain_name
 from pointalign.data.files.ply import Header, Lists, Rows, read_elements
-from pointalign.data.files.polygons import Fans, checked_faces, fans
+from pointalign.data.files.polygons import Fans, cut_polygons
 from pointalign.data.files.source import Source
 from pointalign.data.files.surface import Paint, Part, Surface, plain_paint
 from pointalign.data.files.textures import Companions, Pictures
@@ -30,8 +30,7 @@ def read_ply_mesh(source: Source, header: Header) -> Surface:
     if indices is None or not {"x", "y", "z"} <= rows.keys() or any(isinstance(rows[axis], Lists) for axis in "xyz"):
         raise DataError(f"{source.name} has faces but no {INDEX_NAMES[0]} or no x, y, z; export it again")
     vertices = np.stack([np.asarray(rows[axis]) for axis in "xyz"], axis=1)
-    cut = fans(indices.counts, source.name)
-    triangles = checked_faces(cut.of_corners(indices.flat, indices.starts), len(vertices), source.name)
+    cut, triangles = cut_polygons(indices.counts, indices.flat, indices.starts, vertices, source.name)
     surface, companions, pictures = Surface(), Companions(source), Pictures(source.name)
     textures = _textures(header, companions, pictures)
     paint = _plain_or_colored(rows, faces, cut, source.name)
