@@ -288,8 +288,8 @@ BOUNDS: dict[str, tuple[float | None, float | None, float | None, float | None]]
     **dict.fromkeys(("optimizer.min_learning_rate", "optimizer.warmup_start"), (0, None, None, None)),
     **dict.fromkeys(("optimizer.weight_decay", "optimizer.max_grad_norm"), (0, None, None, None)),
     **dict.fromkeys(("optimizer.warmup_steps", "alignment.weight"), (0, None, None, None)),
-    **dict.fromkeys(("alignment.stop_fraction", "data.fraction"), (None, 0, 1, None)),
-    "data.size_told": (0, None, 1, None),
+    "data.fraction": (None, 0, 1, None),
+    **dict.fromkeys(("alignment.stop_fraction", "data.size_told"), (0, None, 1, None)),
 }
 
 
