@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -278,18 +279,19 @@ class Recipe:
     """Trackers that transformers' Trainer knows."""
 
 
-# What numbers of a recipe may be: at least, above, at most, and below; None where nothing bounds them.
-BOUNDS: dict[str, tuple[float | None, float | None, float | None, float | None]] = {
-    **dict.fromkeys(("optimizer.max_steps", "optimizer.gradient_accumulation"), (1, None, None, None)),
-    **dict.fromkeys(("logging_steps", "save_steps"), (1, None, None, None)),
-    **dict.fromkeys(("lora.rank", "qformer_lora.rank", "lora.alpha", "qformer_lora.alpha"), (1, None, None, None)),
-    **dict.fromkeys(("lora.dropout", "qformer_lora.dropout", "optimizer.beta2"), (0, None, None, 1)),
-    "optimizer.learning_rate": (None, 0, None, None),
-    **dict.fromkeys(("optimizer.min_learning_rate", "optimizer.warmup_start"), (0, None, None, None)),
-    **dict.fromkeys(("optimizer.weight_decay", "optimizer.max_grad_norm"), (0, None, None, None)),
-    **dict.fromkeys(("optimizer.warmup_steps", "alignment.weight"), (0, None, None, None)),
-    "data.fraction": (None, 0, 1, None),
-    **dict.fromkeys(("alignment.stop_fraction", "data.size_told"), (0, None, 1, None)),
+# What numbers of a recipe may be.
+COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+COUNT, NONE_BELOW_ZERO, SHARE = (("at least", 1),), (("at least", 0),), (("at least", 0), ("at most", 1))
+BOUNDS: dict[str, tuple[tuple[str, int], ...]] = {
+    **dict.fromkeys(("optimizer.max_steps", "optimizer.gradient_accumulation", "logging_steps", "save_steps"), COUNT),
+    **dict.fromkeys(("lora.rank", "qformer_lora.rank", "lora.alpha", "qformer_lora.alpha"), COUNT),
+    **dict.fromkeys(("lora.dropout", "qformer_lora.dropout", "optimizer.beta2"), (("at least", 0), ("below", 1))),
+    "optimizer.learning_rate": (("above", 0),),
+    **dict.fromkeys(("optimizer.min_learning_rate", "optimizer.warmup_start"), NONE_BELOW_ZERO),
+    **dict.fromkeys(("optimizer.weight_decay", "optimizer.max_grad_norm"), NONE_BELOW_ZERO),
+    **dict.fromkeys(("optimizer.warmup_steps", "alignment.weight"), NONE_BELOW_ZERO),
+    "data.fraction": (("above", 0), ("at most", 1)),
+    **dict.fromkeys(("alignment.stop_fraction", "data.size_told"), SHARE),
 }
 
 
@@ -299,18 +301,10 @@ def check_numbers(recipe: Recipe) -> None:
     Raises:
         ConfigError: when one cannot.
     """
-    for key, (least, above, most, below) in BOUNDS.items():
-        value: Any = recipe
-        for name in key.split("."):
-            value = getattr(value, name)
-        bounds = (
-            (f"at least {least:g}" if least is not None else None, least is None or value >= least),
-            (f"above {above:g}" if above is not None else None, above is None or value > above),
-            (f"at most {most:g}" if most is not None else None, most is None or value <= most),
-            (f"below {below:g}" if below is not None else None, below is None or value < below),
-        )
-        if not math.isfinite(value) or not all(holds for _, holds in bounds):
-            wanted = " and ".join(told for told, _ in bounds if told)
+    for key, bounds in BOUNDS.items():
+        value: Any = operator.attrgetter(key)(recipe)
+        if not math.isfinite(value) or not all(COMPARISONS[how](value, bound) for how, bound in bounds):
+            wanted = " and ".join(f"{how} {bound}" for how, bound in bounds)
             raise ConfigError(f"{key} is {value}; give a number that is {wanted}")
     if not recipe.trains:
         raise ConfigError("trains names no part, so nothing would be trained; name some")

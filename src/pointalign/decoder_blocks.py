@@ -81,6 +81,19 @@ def replaced_forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[.
                 block.forward = forward
 
 
+@contextmanager
+def of_class(modules: Sequence[nn.Module], kind: type[nn.Module]) -> Iterator[None]:
+    """While this lasts, modules are of another class, a subclass of theirs; then again of their own."""
+    own = [type(module) for module in modules]
+    for module in modules:
+        module.__class__ = kind
+    try:
+        yield
+    finally:
+        for module, was in zip(modules, own, strict=True):
+            module.__class__ = was
+
+
 def _as_inner(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The first block called as the others are, with a tensor of its own that has a gradient: else it is compiled apart."""
 

@@ -17,7 +17,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from pointalign.decoder_blocks import find_decoder_layers
+from pointalign.decoder_blocks import find_decoder_layers, of_class
 
 # The factors of lowbias32, as signed numbers of 32 bits.
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B - 2**32
@@ -109,12 +109,12 @@ def hashed_dropout(model: nn.Module, wanted: bool, device: torch.device) -> Iter
         torch._foreach_copy_(keys, rows)  # pyright: ignore[reportPrivateImportUsage]
 
     drawing = model.register_forward_pre_hook(draw)
-    for module, key in zip(found, keys, strict=True):
-        module.__class__, module.key = HashedDropout, key
-    try:
-        yield
-    finally:
-        drawing.remove()
-        for module in found:
-            del module.key
-            module.__class__ = nn.Dropout
+    with of_class(found, HashedDropout):
+        for module, key in zip(found, keys, strict=True):
+            module.key = key
+        try:
+            yield
+        finally:
+            drawing.remove()
+            for module in found:
+                del module.key

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pointalign.decoder_blocks import find_decoder_layers
+from pointalign.decoder_blocks import find_decoder_layers, of_class
 
 KIND = torch.float8_e4m3fn
 # Below this width a product takes no less time; and kernels want widths in steps of 16.
@@ -135,12 +135,11 @@ def float8_products(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def _rounded(linears: Any) -> Iterator[None]:
-    for linear in linears:
-        linear.__class__ = Float8Linear
-        linear.round_weight()
-    try:
-        yield
-    finally:
+    with of_class(linears, Float8Linear):
         for linear in linears:
-            del linear.rounded, linear.rounded_bias
-            linear.__class__ = nn.Linear
+            linear.round_weight()
+        try:
+            yield
+        finally:
+            for linear in linears:
+                del linear.rounded, linear.rounded_bias

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from pointalign.decoder_blocks import find_decoder_layers
+from pointalign.decoder_blocks import find_decoder_layers, of_class
 
 
 class EarlyScaled(Linear):
@@ -54,11 +54,5 @@ def early_scaling(model: nn.Module, wanted: bool) -> Iterator[None]:
         ConfigError: when the blocks cannot be found.
     """
     blocks = find_decoder_layers(model) if wanted else nn.ModuleList()
-    plain: list[Any] = [module for module in blocks.modules() if is_plain(module)]
-    for module in plain:
-        module.__class__ = EarlyScaled
-    try:
+    with of_class([module for module in blocks.modules() if is_plain(module)], EarlyScaled):
         yield
-    finally:
-        for module in plain:
-            module.__class__ = Linear

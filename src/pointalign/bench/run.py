@@ -78,11 +78,8 @@ def run_one(benchmark: Benchmark, scripts: Path, out: Path, size: Size) -> dict[
     """
     done, log = out / f"{benchmark.name}.json", out / f"{benchmark.name}.log"
     if done.is_file():
-        try:
-            result = json.loads(done.read_text(encoding="utf-8"))
-        except ValueError:
-            result = None
-        if not isinstance(result, dict):
+        result = _result(done.read_text(encoding="utf-8"))
+        if result is None:
             raise ConfigError(f"{done} is no benchmark's result; delete it")
         if result.get("size") != size:
             raise ConfigError(f"{done} is of size {result.get('size')}, not {size}; name another --out, or delete it")
@@ -93,17 +90,23 @@ def run_one(benchmark: Benchmark, scripts: Path, out: Path, size: Size) -> dict[
     with log.open("w", encoding="utf-8") as errors:
         ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     lines = ended.stdout.strip().splitlines()
-    try:
-        result = json.loads(lines[-1]) if ended.returncode == 0 else None
-    except (ValueError, IndexError):
-        result = None
-    if not isinstance(result, dict):
+    result = _result(lines[-1]) if lines and ended.returncode == 0 else None
+    if result is None:
         last = (log.read_text(encoding="utf-8").strip().splitlines() or ["nothing was said"])[-1]
         say(f"{benchmark.name}: failed with exit status {ended.returncode}: {last[:300]} (all of it: {log})")
         return None
     result = {**result, "size": size, "command": ["python", f"benchmarks/{benchmark.script}", *command[2:]]}
     write_text(done, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _result(text: str) -> dict[str, Any] | None:
+    """What a benchmark told, or None where that is something else."""
+    try:
+        result = json.loads(text)
+    except ValueError:
+        return None
+    return result if isinstance(result, dict) else None
 
 
 def _tell(

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from pointalign.data.conversations import read_conversations
 from pointalign.data.modelnet import MODELNET_FILE, load_modelnet40
-from pointalign.data.objaverse import BROKEN_OBJECTS
+from pointalign.data.objaverse import BROKEN_OBJECTS, VAL_3000_FILE
 from pointalign.data.sources import open_clouds
 from pointalign.errors import DataError
 from pointalign.storage import write_text
@@ -57,7 +57,7 @@ INSTRUCTIONS = (
     Expected("anno_data/PointLLM_complex_instruction_70K.json", "MiniGPT-3D stages III and IV, PointAlign"),
     Expected("anno_data/PointLLM_brief_description_val_200_GT.json", "Objaverse evaluation", count=200),
 )
-HELD_OUT = Expected("anno_data/val_object_ids_3000.txt", "the held-out objects, which no training may see", count=3000)
+HELD_OUT = Expected(f"anno_data/{VAL_3000_FILE}", "the held-out objects, which no training may see", count=3000)
 MODELNET = Expected(f"modelnet40_data/{MODELNET_FILE}", "ModelNet40 evaluation", count=2468)
 
 

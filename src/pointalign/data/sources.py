@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,10 @@ def missing_color(settings: DataSettings) -> tuple[float, float, float]:
     return MISSING_COLOR if settings.source == "household" else (0.0, 0.0, 0.0)
 
 
+def _about_others(conversations: Conversations, left_out: Iterable[str]) -> Conversations:
+    return conversations.select(conversations.about(set(conversations.names).difference(left_out)))
+
+
 def _without_held_out(conversations: Conversations, path: str) -> Conversations:
     """Those about none of the field's held-out objects, where their list lies beside the file of instructions."""
     listed = Path(path).with_name(VAL_3000_FILE)
@@ -188,7 +192,7 @@ def _without_held_out(conversations: Conversations, path: str) -> Conversations:
     known = held_out.intersection(conversations.names)
     if not known:
         return conversations
-    kept = conversations.select(conversations.about(set(conversations.names).difference(known)))
+    kept = _about_others(conversations, known)
     say(
         f"left out {len(conversations) - len(kept)} conversations of {path} about {len(known)} held-out objects ({listed})"
     )
@@ -199,7 +203,7 @@ def _without_broken(conversations: Conversations) -> Conversations:
     broken = sorted(BROKEN_OBJECTS.intersection(conversations.names))
     if not broken:
         return conversations
-    kept = conversations.select(conversations.about(set(conversations.names).difference(broken)))
+    kept = _about_others(conversations, broken)
     say(
         f"left out {len(conversations) - len(kept)} conversations about {len(broken)} objects whose published colours are "
         f"broken: {', '.join(broken)}"

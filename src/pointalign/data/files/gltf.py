@@ -75,9 +75,7 @@ class _Reader:
     def _note_unread(self, nodes: dict[int, Any]) -> None:
         """Say what shapes the scene and is not read."""
         meshes = [self.document.item("meshes", node["mesh"]) for node in nodes.values() if "mesh" in node]
-        if any(any(mesh.get("weights", ())) for mesh in meshes) or any(
-            any(n.get("weights", ())) for n in nodes.values()
-        ):
+        if any(any(thing.get("weights", ())) for thing in (*meshes, *nodes.values())):
             self.surface.notes.append("morph targets are not read: shapes are as without them")
         extensions = {name for node in nodes.values() for name in node.get("extensions", {})}
         for name, told in UNREAD_OF_NODES.items():
