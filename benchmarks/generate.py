@@ -5,7 +5,7 @@
     python benchmarks/generate.py --size paper --objects 5536      # random weights of the paper's sizes, on a GPU
     python benchmarks/generate.py --size tiny                      # the same path at a tiny size, in seconds
     python benchmarks/generate.py --size paper --static            # ours in batches, cache of fixed size, compiled on a GPU
-    python benchmarks/generate.py --growth                         # 1, 4, 16 times the rows and the longest answer
+    python benchmarks/generate.py --growth --max-new-tokens 64     # 1, 4, 16 times the rows and the longest answer
     python benchmarks/generate.py --quality                        # both procedures' captions against the references
 
 Each procedure is a process of its own with the same weights; they take turns, so that a busy machine slows both. The
@@ -13,8 +13,9 @@ published one answers 15 objects at a time with 2 beams and sampling (temperatur
 every answer runs to its limit, and computes cloud and prompt anew for every batch; on a CPU in float32, on a GPU in bfloat16.
 Ours takes the most probable token, ends at the end symbol, and gives the row of an answer that has ended to the next object.
 
-Before anything is timed, our answers are held against one object at a time through transformers' own greedy loop: in float32
-they must be the same (exit 1 if not), in bfloat16, where rounding depends on the batch, the share that is the same is told.
+After the first round, which warms up, our answers are held against one object at a time through transformers' own greedy loop:
+in float32 they must be the same (exit 1 if not), in bfloat16, where rounding depends on the batch, the share that is the same
+is told.
 It ends in one line of JSON; `agreement` compares our answers with the published procedure's, cut at their end symbol.
 """
 
@@ -49,6 +50,7 @@ from pointalign.errors import CheckpointError
 from pointalign.evaluation.benchmarks import CAPTION
 from pointalign.evaluation.statistics import paired_difference, summarize
 from pointalign.evaluation.text_metrics import measure_name, similarity
+from pointalign.models.language_model import cast_weights
 from pointalign.options import Decoding
 from pointalign.progress import progress
 from pointalign.released import RELEASED_GENERATION
@@ -61,6 +63,8 @@ PUBLISHED_BATCH = 15
 DEFAULTS = {"household": (60, 60, 150, 3), "paper": (1536, 512, 100, 3), "tiny": (9, 4, 12, 2)}
 NUM_LABELS = 40
 GROWTH = (1, 4, 16)
+PRECISION_KEYS = {"ours": "precision", "published": "published_precision"}
+KEPT = ("labels_in_answers", "same_as_one_by_one")
 
 
 class Made(NamedTuple):
@@ -80,7 +84,8 @@ def open_model(options: argparse.Namespace, bf16: bool) -> Made:
     with tempfile.TemporaryDirectory() as temporary:
         _, model, processor = prepare(options.size, Path(temporary), 2, not bf16)
     model.merge_adapters()
-    model.language_model.to(torch.bfloat16 if bf16 else torch.float32)  # LoRA and norms were in float32, to be trained
+    # LoRA and norms were in float32, to be trained.
+    cast_weights(model.language_model, torch.bfloat16 if bf16 else torch.float32)
     answerer = Answerer(model.eval().to(device_name()), processor, options.size)
     clouds = torch.rand(options.objects, processor.num_points, 6, generator=generator)
     return Made(answerer, [answerer.prepare(cloud) for cloud in clouds])
@@ -97,7 +102,7 @@ def household_model(name: str | None, bf16: bool) -> Answerer:
     with tempfile.TemporaryDirectory() as temporary:
         _, model, processor = prepare("household", Path(temporary), 2, True)
     model.merge_adapters()
-    model.language_model.to(dtype)
+    cast_weights(model.language_model, dtype)
     return Answerer(model.eval(), processor, "untrained")
 
 
@@ -152,17 +157,17 @@ def about() -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "point_cloud"}, {"type": "text", "text": CAPTION}]}
 
 
-def timed(act: Callable[[], Any], repeats: int = 3) -> float:
-    """Median seconds of the processor on a CPU, of the clock on a GPU."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    taken = []
+def timed(act: Callable[[], Any], repeats: int = 3) -> tuple[float, float]:
+    """Median seconds by the clock and on the processor."""
+    taken, busy = [], []
     for _ in range(repeats):
         synchronize()
-        start = clock()
+        start, used = time.perf_counter(), time.process_time()
         act()
         synchronize()
-        taken.append(clock() - start)
-    return statistics.median(taken)
+        taken.append(time.perf_counter() - start)
+        busy.append(time.process_time() - used)
+    return statistics.median(taken), statistics.median(busy)
 
 
 def share_the_same(made: Made, answers: list[list[int]], options: argparse.Namespace) -> float:
@@ -187,9 +192,24 @@ def share_the_same(made: Made, answers: list[list[int]], options: argparse.Names
 
 def decoded(made: Made, answers: Sequence[Sequence[int]]) -> list[str]:
     """Texts of answers, each up to its end symbol."""
-    ends = end_symbols(made.answerer.model, made.answerer.processor)
-    cut = [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in answers]
+    cut = [ended(made, row) for row in answers]
     return [text.strip() for text in made.answerer.processor.batch_decode(cut, skip_special_tokens=True)]
+
+
+def ended(made: Made, row: Sequence[int]) -> Sequence[int]:
+    """An answer's ids up to its end symbol."""
+    ends = end_symbols(made.answerer.model, made.answerer.processor)
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
+
+
+def both_seconds(name: str, taken: tuple[float, float]) -> dict[str, float]:
+    """What `timed` tells, by name."""
+    return {f"{name}_seconds": round(taken[0], 4), f"{name}_cpu_seconds": round(taken[1], 4)}
+
+
+def steady(taken: tuple[float, float]) -> float:
+    """What a busy machine changes less: seconds on the processor, where it does the work; on a GPU by the clock."""
+    return taken[0 if torch.cuda.is_available() else 1]
 
 
 def single_costs(made: Made, options: argparse.Namespace) -> dict[str, float]:
@@ -198,20 +218,20 @@ def single_costs(made: Made, options: argparse.Namespace) -> dict[str, float]:
     labels = [f"{kind} {thing}" for kind in ("small", "large") for thing in range(NUM_LABELS // 2)]
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     first = timed(lambda: answerer.ask(cloud, CAPTION, Decoding(max_new_tokens=1)))
-    whole = timed(lambda: answerer.ask(cloud, CAPTION, decoding), 1)
+    whole = timed(lambda: answerer.ask(cloud, CAPTION, decoding))
     scored = timed(lambda: answerer.probabilities(cloud, labels))
     return {
-        "first_token_seconds": round(first, 4),
-        "one_answer_seconds": round(whole, 4),
-        "labels_seconds": round(scored, 4),
-        "labels_in_answers": round(scored / whole, 3),
+        **both_seconds("first_token", first),
+        **both_seconds("one_answer", whole),
+        **both_seconds("labels", scored),
+        "labels_in_answers": round(steady(scored) / steady(whole), 3),
     }
 
 
 def first_published(made: Made) -> dict[str, float]:
     """Seconds to the first token of the published procedure about one object."""
     one = Made(made.answerer, made.clouds[:1])
-    return {"first_token_seconds": round(timed(lambda: answer_published(one, argparse.Namespace(max_new_tokens=1))), 4)}
+    return both_seconds("first_token", timed(lambda: answer_published(one, argparse.Namespace(max_new_tokens=1))))
 
 
 def work(options: argparse.Namespace) -> None:
@@ -228,18 +248,25 @@ def work(options: argparse.Namespace) -> None:
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(options.rounds + 1):  # the first one warms up
+    end: dict[str, Any] = {}
+    for number in range(options.rounds + 1):  # the first one warms up
         start, busy = time.perf_counter(), time.process_time()
         answers = WAYS[options.worker](made, options)
         synchronize()
-        say(seconds=time.perf_counter() - start, cpu=time.process_time() - busy)
-    end: dict[str, Any] = {"peak": peak_memory(device_name()), "answers": decoded(made, answers)}
-    end["tokens"] = sum(map(len, answers))
-    if options.worker == "ours":
-        end |= {"same_as_one_by_one": share_the_same(made, answers, options), **single_costs(made, options)}
-    else:
-        end |= first_published(made)
-    say(**end, precision="bf16" if bf16 else "fp32", **environment(Recipe()))
+        seconds, cpu = time.perf_counter() - start, time.process_time() - busy
+        if number == 0 and options.worker == "ours":
+            end["same_as_one_by_one"] = share_the_same(made, answers, options)
+        say(seconds=seconds, cpu=cpu)
+    end |= {"peak": peak_memory(device_name()), "answers": decoded(made, answers)}
+    # The published procedure writes on behind the end symbol; of ours a row of `--static` is filled up there.
+    end["tokens"] = sum(len(row if options.worker == "published" else ended(made, row)) for row in answers)
+    end |= single_costs(made, options) if options.worker == "ours" else first_published(made)
+    say(**end, precision=precision_name(bf16), **environment(Recipe()))
+
+
+def precision_name(bf16: bool) -> str:
+    """As the results tell it."""
+    return "bf16" if bf16 else "fp32"
 
 
 def uses_bf16(options: argparse.Namespace) -> bool:
@@ -288,7 +315,6 @@ def numbers_of(worker: Worker, end: dict[str, Any]) -> dict[str, Any]:
     """One procedure's part of the result."""
     count = len(end["answers"])
     rates = [count / seconds for seconds in worker.seconds]
-    kept = ("first_token_seconds", "one_answer_seconds", "labels_seconds", "labels_in_answers", "same_as_one_by_one")
     return {
         "objects": count,
         "precision": end["precision"],
@@ -298,7 +324,7 @@ def numbers_of(worker: Worker, end: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_answer": round(end["tokens"] / count, 1),
         "cpu_seconds_per_answer": round(statistics.median(worker.busy) / count, 5),
         "peak_megabytes": round(end["peak"] / 2**20),
-        **{name: end[name] for name in kept if name in end},
+        **{name: value for name, value in end.items() if name.endswith("_seconds") or name in KEPT},
     }
 
 
@@ -317,10 +343,11 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
     """Similarity x 100 of both procedures' captions to those of the held-out objects, and its paired difference."""
     quiet()
     things = load_household("test")[: options.objects]
-    references, scores, texts = [reference_caption(thing) for thing in things], {}, {}
+    references, scores, texts, precisions = [reference_caption(thing) for thing in things], {}, {}, {}
     for name in PROCEDURES:
         options.worker = name
-        made = open_model(options, uses_bf16(options))
+        made = open_model(options, bf16 := uses_bf16(options))
+        precisions[PRECISION_KEYS[name]] = precision_name(bf16)
         together = options.rows if name == "ours" else PUBLISHED_BATCH
         answers: list[list[int]] = []
         with progress(f"captions: {name}", len(things)) as advance:
@@ -335,7 +362,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
     told["ours_minus_published"] = paired_difference(scores["published"], scores["ours"])
     where = environment(Recipe())
     told["agreement"] = agreement(texts["ours"], texts["published"])
-    return told | {name: where[name] for name in ("device", "threads", "versions")}
+    return told | precisions | {name: where[name] for name in ("device", "threads", "versions")}
 
 
 def growth(options: argparse.Namespace) -> dict[str, Any]:
@@ -345,16 +372,16 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
     """
     quiet()
     options.objects = GROWTH[-1]
-    made = open_model(options, uses_bf16(options))
+    made = open_model(options, bf16 := uses_bf16(options))
     answerer, length = made.answerer, options.max_new_tokens // GROWTH[-1] or 1
 
     def seconds(rows: int, longest: int) -> float:
         inputs = answerer.inputs([[about()]] * rows, made.clouds[:rows])
         moved = {name: tensor.to(answerer.device) for name, tensor in inputs.items()}
-        return timed(lambda: refilled_ids(answerer.model, moved, rows, longest, set()), options.rounds)
+        return steady(timed(lambda: refilled_ids(answerer.model, moved, rows, longest, set()), options.rounds))
 
     seconds(1, 2)
-    told: dict[str, Any] = {"benchmark": "generate_growth", "size": options.size}
+    told: dict[str, Any] = {"benchmark": "generate_growth", "size": options.size, "precision": precision_name(bf16)}
     for name, taken in (
         ("batch", [seconds(times, length * 4) for times in GROWTH]),
         ("answer_length", [seconds(2, length * times) for times in GROWTH]),

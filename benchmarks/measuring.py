@@ -46,10 +46,10 @@ def peak_memory(device: str) -> int:
 
 
 def quartiles(values: Sequence[float], digits: int = 4) -> list[float]:
-    """First and third quartile; of one value that value twice."""
+    """First and third quartile, within what was measured; of one value that value twice."""
     if len(values) == 1:
         return [round(values[0], digits)] * 2
-    return [round(value, digits) for value in statistics.quantiles(values, n=4)[::2]]
+    return [round(value, digits) for value in statistics.quantiles(values, n=4, method="inclusive")[::2]]
 
 
 def own_output() -> TextIO:

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from measuring import device_name, peak_memory, quartiles, synchronize
-from train_step import prepare
+from train_step import check_done, prepare
 from true_size import StepClock
 
 from pointalign.config import Recipe
@@ -148,29 +148,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         clock, run = StepClock(), RunFolder(folder / "run")
         run.open(recipe, resume=False)
         trainer, _ = train_language(recipe, run, model, processor)
-        check_done(options, trainer)
+        check_done(recipe, trainer)
         first = warm_up(options)
         seconds, memory = clock.stop()[first - 1 :], peak_memory(device_name())
         busy = statistics.median(after - before for before, after in pairwise(clock.busy[first - 1 :]))
         peaks.append(matmul_peak(typical, work.shapes, dtype))
         timed = {"cpu_seconds_per_step": round(busy, 4), **told(options, recipe, bf16, work, seconds, max(peaks))}
         return {**timed, "peak_memory_gib": round(memory / 2**30, 3)}
-
-
-def check_done(options: argparse.Namespace, trainer: Any) -> None:
-    """See that the run did what it was asked to; it trains all the same where it could not.
-
-    Raises:
-        SystemExit: when it did not.
-    """
-    did = {
-        "packing": trainer.data_collator.packing is not None,
-        "float8": trainer.float8,
-        "cuda_graphs": trainer.cuda_graphs,
-    }
-    for name, value in did.items():
-        if value != getattr(options, name):
-            raise SystemExit(f"{name} could not be had here, so nothing is told of it")
 
 
 def told(

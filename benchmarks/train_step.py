@@ -125,8 +125,25 @@ def train_ours(recipe: Recipe, folder: Path, model: Any, processor: Any) -> list
         cast_frozen(model)
     run = RunFolder(folder / "run")
     run.open(recipe, resume=False)
-    train_language(recipe, run, model, processor)
+    trainer, _ = train_language(recipe, run, model, processor)
+    check_done(recipe, trainer)
     return [{name: line[name] for name in ("lm_loss", "alignment_loss")} for line in run.metrics()]
+
+
+def check_done(recipe: Recipe, trainer: Any) -> None:
+    """See that a run did what its recipe asks for; it trains all the same where it could not.
+
+    Raises:
+        SystemExit: when it did not.
+    """
+    did = {
+        "packing": trainer.data_collator.packing is not None,
+        "float8": trainer.float8,
+        "cuda_graphs": trainer.cuda_graphs,
+    }
+    for name, value in did.items():
+        if value != getattr(recipe, name):
+            raise SystemExit(f"{name} could not be had here, so nothing is told of it")
 
 
 def train_published(recipe: Recipe, folder: Path, model: Any, processor: Any, autocast: bool) -> list[dict[str, Any]]:

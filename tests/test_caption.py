@@ -129,13 +129,16 @@ def test_captions_of_another_model_or_question_are_refused(
 ) -> None:
     run(capsys, "caption", "things", "--out", "out.jsonl", *SHORT)
     shutil.copytree(tiny_model, "copy")
-    assert run(capsys, "caption", "things", "--out", "out.jsonl", "--model", "copy", *SHORT)[0] == 0
+    unused = ("--seed", "3", "--top-p", "0.5")
+    assert run(capsys, "caption", "things", "--out", "out.jsonl", "--model", "copy", *unused, *SHORT)[0] == 0
     build_model(seed=1).save_pretrained("copy")
     for options in (
         ("--model", "copy", *SHORT),
         ("--question", "What?", *SHORT),
         ("--max-new-tokens", "8"),
         ("--up", "z"),
+        ("--dtype", "bfloat16" if Path("out.jsonl.settings.json").read_text().count("float32") else "float32"),
+        ("--temperature", "1"),
     ):
         status, lines, err = run(capsys, "caption", "things", "--out", "out.jsonl", *SHORT, *options)
         assert (status, lines) == (1, [])
@@ -151,6 +154,7 @@ BAD_COMMANDS = {
     ("caption", "things", "--temperature", "-1"): "temperature -1.0 is out of range",
     ("caption", "things", "--retry-errors"): "retry_errors needs the file",
     ("caption", "-", "things"): "standard input (-) goes alone",
+    ("caption", "things", "--out", "."): "cannot write '.': it is a folder; name a file",
     ("caption", "things", "--model", "nowhere"): "found no checkpoint 'nowhere'",
     ("caption", "things", "--device", "abacus"): "cannot compute on device 'abacus'",
     ("caption", "things", "--dtype", "int4"): "unknown dtype 'int4'",
@@ -175,6 +179,33 @@ def test_a_bad_command_ends_in_one_line(
 
 
 # In processes of their own: how a run ends.
+
+
+def test_drawn_captions_are_repeated_by_their_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """However many processes read the files, and where a run goes on; greedy ones depend on no seed."""
+    shutil.copy(EXAMPLES / "chair.glb", "things/0.glb")  # takes longest, and comes first
+    drawn = ("caption", "things", "--temperature", "1", "--seed", "5", "--batch-size", "2", *SHORT)
+    run(capsys, *drawn, "--out", "here.jsonl", "--workers", "0")
+    run(capsys, *drawn, "--out", "there.jsonl", "--workers", "3")
+    captions = {row["path"]: row.get("caption") for row in rows("here.jsonl")}
+    assert {row["path"]: row.get("caption") for row in rows("there.jsonl")} == captions
+    assert len(set(captions.values())) == 7, "six good files and the errors' None"
+    lines = Path("here.jsonl").read_text().splitlines(keepends=True)
+    good = [number for number, line in enumerate(lines) if '"caption"' in line]
+    Path("here.jsonl").write_text("".join(lines[: good[2]]))
+    run(capsys, *drawn, "--out", "here.jsonl", "--workers", "0")
+    assert {row["path"]: row.get("caption") for row in rows("here.jsonl")} == captions
+
+
+def test_standard_input_is_read_here_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with started("caption", "-", "--workers", "1", *SHORT, stdin=subprocess.PIPE) as process:
+        told, _ = process.communicate((folder / "things" / "1.npy").read_bytes(), timeout=120)
+    assert "caption" in json.loads(told.splitlines()[0])
+    status, _, err = run(capsys, "caption", "-", "--engine", "ray")
+    assert status == 1
+    assert err.splitlines()[-1].startswith(
+        "pointalign: the workers of a Ray cluster cannot read standard input; give a"
+    )
 
 
 def test_standard_input_is_never_taken_for_an_earlier_one(

@@ -214,7 +214,7 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(
     endless = tmp_path / "model"  # it knows no end symbol, so that an answer takes long enough to be stopped
     shutil.copytree(tiny_model, endless)
     settings = json.loads((endless / "generation_config.json").read_text())
-    (endless / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": None}))
+    (endless / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": -1}))
     terminal = Terminal(command(files[0], endless, "--max-new-tokens", "450"))
     try:
         terminal.wait_for("/help shows the commands")

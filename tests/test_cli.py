@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import yaml
 
 import pointalign
 import pointalign.errors
-from pointalign.cli import _parse, main
+from pointalign.cli import DATA_VERBS, _parse, main
 from pointalign.config import load_recipe, recipe_names
 
 ENTRY = {
@@ -63,6 +64,16 @@ def test_help_names_every_verb_and_is_quick(capsys: pytest.CaptureFixture[str]) 
         subprocess.run([sys.executable, "-m", "pointalign", "--help"], check=True, capture_output=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
+
+
+def test_the_data_verbs_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for given in (["data"], ["data", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            main(given)
+        told = capsys.readouterr().out
+        assert ended.value.code == 0
+        assert "usage: pointalign data VERB ..." in told
+        assert re.findall(r"^  (\w+) ", told, re.MULTILINE) == list(DATA_VERBS)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from pointalign.device import KEPT_KERNELS, KERNEL_CACHES, keep_few_kernels
+from pointalign.device import KEPT_KERNELS, KERNEL_CACHES, keep_few_kernels, machine_name, native_bf16, own_accelerator
 
 # As many shapes as are kept and half as many more, and then the first one again.
 PRODUCTS = """
@@ -40,6 +40,24 @@ def _made(few: bool) -> int:
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN")
 def test_kernels_of_many_shapes_are_not_kept() -> None:
     assert (_made(few=False), _made(few=True)) == (1, 2)
+
+
+def test_a_process_has_an_accelerator_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert own_accelerator() is None
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert own_accelerator() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_accelerator() == torch.device("cuda", 3)
+
+
+def test_a_cpu_is_called_by_what_it_can() -> None:
+    told = machine_name(torch.device("cpu"))
+    assert torch.backends.cpu.get_cpu_capability() in told
+    assert told.endswith(f"{os.cpu_count()} cores")
+    assert ("bfloat16" in told) == native_bf16(torch.device("cpu"))
 
 
 def test_what_the_environment_says_of_kept_kernels_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,8 +147,8 @@ def work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[st
         for _ in range(begun):
             counted.begin(0)
         monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda value: value))
-        attempts = SimpleNamespace(begin=SimpleNamespace(remote=counted.begin))
-        task = Task(os.environ["POINTALIGN_MODEL"], job, MODEL, AS_THE_FILE_SAYS, 0, 4, Path.cwd(), attempts)
+        attempts = SimpleNamespace(begin=SimpleNamespace(remote=counted.begin), end=SimpleNamespace(remote=counted.end))
+        task = Task(os.environ["POINTALIGN_MODEL"], job, MODEL, AS_THE_FILE_SAYS, 0, 4, Path.cwd(), 0, attempts)
         batch = {"index": np.arange(len(paths)), "path": np.array([os.fsencode(path) for path in paths])}
         answered = Worker(task)(batch)
         return {**answered, "row": [json.loads(row) for row in answered["row"]]}
@@ -169,7 +169,7 @@ def test_a_worker_answers_as_this_process(work: Any, folder: Path) -> None:
 
 
 def test_nothing_that_can_be_read_needs_no_cluster() -> None:
-    assert list(OnRay.batches(OnRay.__new__(OnRay), [])) == []
+    assert list(OnRay.batches(OnRay.__new__(OnRay), [], 0)) == []
 
 
 def test_a_batch_whose_worker_always_dies_is_given_up(work: Any) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pointalign import load_point_cloud
 from pointalign.cli import main
-from pointalign.errors import CheckpointError
+from pointalign.errors import CheckpointError, ConfigError
 from pointalign.rendering import VIEWS, ball_size, draw_views, looking, render_file, shade, splat
 
 RED, GREEN, BLUE = np.eye(3)
@@ -103,6 +103,12 @@ def test_the_verb(
         main(["render", str(tmp_path / "none.npy"), "--out", str(tmp_path / "b.png")])
     assert ended.value.code == 1
     assert not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize("name", ["x.bmp", "x"])
+def test_pictures_are_pngs(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"pictures are PNGs; name a file that ends in .png"):
+        render_file("examples/chair.glb", tmp_path / name)
 
 
 def test_with_a_model_its_points_and_its_missing_color(tmp_path: Path, processor: object) -> None:

@@ -16,7 +16,8 @@ from collections import Counter
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -24,14 +25,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from pointalign.config import ModelSettings, Recipe, check_numbers, from_dict, load_recipe, recipe_names
-from pointalign.errors import ConfigError, DataError, PointAlignError
+from pointalign.config import DataSet, ModelSettings, Recipe, check_numbers, from_dict, load_recipe, recipe_names
+from pointalign.errors import CheckpointError, ConfigError, DataError, PointAlignError
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
 from pointalign.recipe_trainer import RecipeTrainer
 from pointalign.run_folder import RunFolder
-from pointalign.runs import build_model, check_recipe, train
+from pointalign.runs import build_model, check_recipe, ends_of, on_accelerator, train
 from pointalign.training import AlignmentTrainer
 from recording import Recorded
 
@@ -58,7 +60,17 @@ def test_a_new_model_fills_colors_as_its_training_data(start: Path, build_tokeni
     build_tokenizer().save_pretrained(start.parent / "language_model")
     settings = replace(load_recipe("household-encoder").model, language_model=str(start.parent / "language_model"))
     assert build_model(settings, (0.25, 0.5, 1.0))[1].missing_color == [0.25, 0.5, 1.0]
-    assert build_model(replace(settings, start_from=str(start)), (0.25, 0.5, 1.0))[1].missing_color == [0, 0, 0]
+    assert build_model(ModelSettings(start_from=str(start)), (0.25, 0.5, 1.0))[1].missing_color == [0, 0, 0]
+
+
+def test_a_language_models_folder_is_found_from_anywhere(
+    start: Path, build_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_tokenizer().save_pretrained(start.parent / "language_model")
+    monkeypatch.chdir(start.parent)
+    settings = replace(load_recipe("household-encoder").model, language_model="language_model")
+    model, _ = build_model(settings, (0.0, 0.0, 0.0))
+    assert model.config.language_model == str(start.parent / "language_model")
 
 
 def tiny_recipe(start: Path, **changes: Any) -> Recipe:
@@ -229,7 +241,13 @@ def test_a_signal_to_all_processes_of_a_run_stops_it_with_a_checkpoint(
 @pytest.mark.parametrize("positions", ["point_tokens", "released"])
 @pytest.mark.parametrize("cached", [True, False], ids=["features", "clouds"])
 def test_conversations_without_a_cloud_train_and_are_not_aligned(
-    start: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool, positions: str
+    start: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cached: bool,
+    positions: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("POINTALIGN_CACHE", str(cache))
     np.save(tmp_path / "a_60.npy", np.random.default_rng(0).random((60, 6), dtype=np.float32))
@@ -241,13 +259,19 @@ def test_conversations_without_a_cloud_train_and_are_not_aligned(
         talk["conversations"].append({"from": "gpt", "value": "A red mug."})
     (tmp_path / "talks.json").write_text(json.dumps(talks))
     sets = [{"types": [str(talk["conversation_type"])], "odds": 1, "batch_size": 1} for talk in talks]
-    data = {"source": str(tmp_path), "instructions": [str(tmp_path / "talks.json")], "sets": sets}
+    data: dict[str, Any] = {"source": str(tmp_path), "instructions": [str(tmp_path / "talks.json")], "sets": sets}
     changes = {"alignment": {"weight": 0.5, "layers": [2], "positions": positions}, "cache_features": cached}
     train(tiny_recipe(start, data=data, logging_steps=1, **changes), tmp_path / "run")
+    assert "as text alone" not in capsys.readouterr().err
     aligned = [line["alignment_loss"] for line in RunFolder(tmp_path / "run").metrics()]
     assert len(aligned) == STEPS
     assert 0 < aligned.count(0.0) < STEPS, "odds of 1 to 1"
     assert all(0 <= loss < 2 for loss in aligned)
+    (tmp_path / "talks.json").write_text(json.dumps(talks[1:]))
+    data["sets"] = sets[1:]
+    train(tiny_recipe(start, data=data, **changes), tmp_path / "text")
+    told = "none of the first 1 conversations shows a cloud (<point>): they train as text alone"
+    assert told in capsys.readouterr().err
 
 
 def test_a_folder_is_trained_in_by_one_process_at_a_time(
@@ -305,6 +329,31 @@ def test_a_checkpoint_cut_short_is_passed_over(unbroken: Path, tmp_path: Path) -
     last = folder.last_checkpoint()
     assert last is not None
     assert last.name == "checkpoint-3"
+
+
+def test_an_optimizers_state_that_was_cut_short_is_named(unbroken: Path, start: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    shutil.rmtree(run / "model")
+    file = run / "checkpoints" / f"checkpoint-{STEPS}" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"optimizer.pt is missing or cut short; delete its folder to go on from"):
+        train(tiny_recipe(start), run, resume=True)
+    shutil.rmtree(file.parent)
+    train(tiny_recipe(start), run, resume=True)
+    assert_same(final_weights(unbroken), final_weights(run))
+
+
+def test_another_language_model_than_the_checkpoints_is_refused(
+    start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, named = tiny_recipe(start).model, str(start.parent / "language_model")
+    build_model(replace(settings, language_model=named, num_points=64), (0.0, 0.0, 0.0))
+    assert capsys.readouterr().err == f"model.num_points: not used, for {start} has its own\n"
+    with pytest.raises(
+        ConfigError, match=f"model.language_model is gpt2, but .* has the language model {named}; leave"
+    ):
+        build_model(replace(settings, language_model="gpt2"), (0.0, 0.0, 0.0))
 
 
 def test_two_processes_give_the_one_process_result(
@@ -487,6 +536,11 @@ def test_a_run_is_not_resumed_with_another_recipe(unbroken: Path, start: Path) -
         ("data.fraction", 0.0, "give a number that is above 0 and at most 1"),
         ("save_steps", 0, "save_steps is 0"),
         ("data.sets", [], "data.sets is empty"),
+        ("model.num_points", 0, "model.num_points is 0; give a number that is at least 1"),
+        ("model.connector.num_query_tokens", 0, "model.connector.num_query_tokens is 0"),
+        ("model.point_encoder.num_attention_heads", 5, "model.point_encoder.hidden_size is 384, no multiple of its 5"),
+        ("data.sets", [DataSet(batch_size=0)], "data.sets.0.batch_size is 0; give a number that is at least 1"),
+        ("report_to", ["bogus"], "report_to bogus: bogus is not supported"),
         ("trains", [], "trains names no part"),
     ],
 )
@@ -588,6 +642,68 @@ def test_a_run_may_start_from_another_runs_folder(unbroken: Path, start: Path) -
     want = load_file(unbroken / "model" / "model.safetensors")
     name = next(iter(want))
     assert torch.equal(model.state_dict()[name], want[name])
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_what_a_run_starts_from_is_read_in_float32(start: Path, tmp_path: Path, kind: torch.dtype) -> None:
+    """Language models are mostly stored in half as many bits; what trains needs all of them."""
+    folder = tmp_path / "model"
+    shutil.copytree(start, folder)
+    base = AutoModelForCausalLM.from_pretrained(start.parent / "language_model").to(kind)
+    base.save_pretrained(tmp_path / "language_model")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["language_model"] = str(tmp_path / "language_model")
+    (folder / "config.json").write_text(json.dumps(settings))
+    model, _ = build_model(tiny_recipe(folder).model, (0.0, 0.0, 0.0))
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_a_frozen_adapter_is_saved_as_it_is(unbroken: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(unbroken, precision="bf16", trains=["language_projection"])
+    recipe.optimizer.max_steps = 1
+    train(recipe, tmp_path / "next")
+    file = Path("model") / "language_model_adapter" / "adapter_model.safetensors"
+    assert_same(load_file(unbroken / file), load_file(tmp_path / "next" / file))
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"), [(7, [7, 258]), ([7, 8], [7, 8, 258]), (None, 258), (258, 258), ([258], [258])]
+)
+def test_answers_end_where_the_template_ends_a_turn(processor: Any, known: Any, expected: Any) -> None:
+    assert processor.tokenizer.convert_tokens_to_ids("<|im_end|>") == 258
+    assert ends_of(processor, known) == expected
+    processor.chat_template = "{% for m in messages %}{{ m['content'] }}###{% endfor %}"
+    assert ends_of(processor, known) == known, "a word is no end"
+
+
+def test_the_frozen_half_is_computed_on_the_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Part(nn.Linear):
+        def to(self, device: Any) -> Any:
+            moves.append(device)
+            return self
+
+    moves: list[Any] = []
+    with on_accelerator([Part(2, 2)]):
+        assert moves == []
+    gpu = torch.device("cuda", 3)
+    monkeypatch.setattr("pointalign.runs.own_accelerator", lambda: gpu)
+    with on_accelerator([Part(2, 2), nn.Linear(2, 2, device="meta")]):
+        assert moves == [gpu]
+    assert moves == [gpu, torch.device("cpu")]
+
+
+def test_processes_draw_their_own_dropout() -> None:
+    """From their number and the step that they start at; a single process draws on as it would."""
+    drawn = []
+    for world, rank, step in ((2, 0, 0), (2, 1, 0), (2, 0, 5), (2, 0, 0), (1, 0, 0)):
+        torch.manual_seed(3)
+        args, state = SimpleNamespace(world_size=world, process_index=rank, seed=3), SimpleNamespace(global_step=step)
+        RecipeTrainer._draw_apart(cast(Any, SimpleNamespace(args=args, state=state)))
+        drawn.append(float(torch.rand(())))
+    torch.manual_seed(3)
+    assert drawn[4] == float(torch.rand(()))
+    assert drawn[0] == drawn[3]
+    assert len(set(drawn)) == 4
 
 
 def test_the_resolved_recipe_holds_every_setting(unbroken: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pointalign.errors import CheckpointError
+from pointalign.errors import CheckpointError, DataError
 from pointalign.storage import cache_dir, write_text, written_file, written_folder
 
 
@@ -42,6 +42,15 @@ def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
         temporary.write_text("new")
     assert target.read_text() == "new"
     assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", ["", ".", "folder"])
+def test_a_folder_is_no_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="it is a folder; name a file"):
+        write_text(Path(name), "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):

@@ -16,6 +16,7 @@ from pointalign.errors import CheckpointError
 from pointalign.model_card import model_card, result_files
 from pointalign.models.checkpoint import ADAPTED_PARTS, WEIGHTS_FILE, adapter_folder, load_weights_file
 from pointalign.models.language_model import EMBEDDED
+from pointalign.progress import say
 from pointalign.run_folder import RunFolder
 from pointalign.runs import PROJECTOR_FILE
 from pointalign.storage import lie_in_each_other, write_text, written_folder
@@ -88,6 +89,11 @@ def bundle(run: Path, out: Path, start: Path | None = None, evaluations: Sequenc
     for folder in evaluations:
         if not result_files(folder):
             raise CheckpointError(f"{folder} holds no results; give a folder that `pointalign evaluate` wrote")
+    if Path(named := _read_json(model / "config.json")["language_model"] or "").is_dir():
+        say(
+            f"the bundle refers to the language model's folder {named}, which others do not have; for them write the model "
+            "with `save_pretrained(FOLDER, self_contained=True)`"
+        )
     with written_folder(out) as folder:
         _write_shared(model, folder)
         _write_adapter(model, folder)

@@ -6,7 +6,7 @@ import json
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -44,6 +44,8 @@ VERBS: dict[str, Any] = {
 }
 DATA_VERBS: dict[str, Any] = {"check": CheckData, "pack": PackData, "household": BuildHousehold, "extra": BuildExtra}
 
+MORE = "`pointalign VERB --help` tells the rest; `--debug` shows where a failure came from."
+
 
 def _usage() -> str:
     lines = [
@@ -52,11 +54,12 @@ def _usage() -> str:
         "usage: pointalign VERB ...",
         "",
     ]
-    entries = {**VERBS, **{f"data {name}": kind for name, kind in DATA_VERBS.items()}}
-    lines += [f"  {name:16} {_first_line(kind)}" for name, kind in entries.items()]
-    return "\n".join(
-        [*lines, "", "`pointalign VERB --help` tells the rest; `--debug` shows where a failure came from."]
-    )
+    lines += _listed({**VERBS, **{f"data {name}": kind for name, kind in DATA_VERBS.items()}})
+    return "\n".join([*lines, "", MORE])
+
+
+def _listed(kinds: Mapping[str, Any]) -> list[str]:
+    return [f"  {name:16} {_first_line(kind)}" for name, kind in kinds.items()]
 
 
 def _first_line(thing: Any) -> str:
@@ -125,6 +128,13 @@ def _is_unread() -> bool:
 def _run(given: list[str], debug: bool) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_usage())
+        return 0
+    if given[0] == "data" and (len(given) == 1 or given[1] in ("-h", "--help")):
+        print(
+            "\n".join(
+                ["usage: pointalign data VERB ...", "", *_listed(DATA_VERBS), "", MORE.replace("VERB", "data VERB")]
+            )
+        )
         return 0
     if given[0] == "--version":
         print(__version__)

@@ -282,6 +282,15 @@ class Recipe:
 # What numbers of a recipe may be.
 COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 COUNT, NONE_BELOW_ZERO, SHARE = (("at least", 1),), (("at least", 0),), (("at least", 0), ("at most", 1))
+QFORMER_SIZES = ("hidden_size", "layers", "heads", "intermediate_size")
+ENCODER_SIZES = tuple(
+    f"point_encoder.{name}"
+    for name in ("num_groups", "group_size", "group_width", "hidden_size", "num_hidden_layers", "num_attention_heads")
+)
+CONNECTOR_SIZES = tuple(
+    f"connector.{name}"
+    for name in ("num_query_tokens", "vision_width", *(f"qformer_{size}" for size in QFORMER_SIZES), "projection_size")
+)
 BOUNDS: dict[str, tuple[tuple[str, int], ...]] = {
     **dict.fromkeys(("optimizer.max_steps", "optimizer.gradient_accumulation", "logging_steps", "save_steps"), COUNT),
     **dict.fromkeys(("lora.rank", "qformer_lora.rank", "lora.alpha", "qformer_lora.alpha"), COUNT),
@@ -291,6 +300,7 @@ BOUNDS: dict[str, tuple[tuple[str, int], ...]] = {
     **dict.fromkeys(("optimizer.weight_decay", "optimizer.max_grad_norm"), NONE_BELOW_ZERO),
     **dict.fromkeys(("optimizer.warmup_steps", "alignment.weight"), NONE_BELOW_ZERO),
     "data.fraction": (("above", 0), ("at most", 1)),
+    **dict.fromkeys((f"model.{name}" for name in ("num_points", *ENCODER_SIZES, *CONNECTOR_SIZES)), COUNT),
     **dict.fromkeys(("alignment.stop_fraction", "data.size_told"), SHARE),
 }
 
@@ -310,6 +320,20 @@ def check_numbers(recipe: Recipe) -> None:
         raise ConfigError("trains names no part, so nothing would be trained; name some")
     if not recipe.data.sets:
         raise ConfigError("data.sets is empty, so there is nothing to train on; name a set of conversation types")
+    for number, settings in enumerate(recipe.data.sets):
+        if settings.batch_size < 1:
+            raise ConfigError(
+                f"data.sets.{number}.batch_size is {settings.batch_size}; give a number that is at least 1"
+            )
+    encoder, connector = recipe.model.point_encoder, recipe.model.connector
+    for name, width, heads in (
+        ("point_encoder.hidden_size", encoder.hidden_size, encoder.num_attention_heads),
+        ("connector.qformer_hidden_size", connector.qformer_hidden_size, connector.qformer_heads),
+    ):
+        if width % heads:
+            raise ConfigError(
+                f"model.{name} is {width}, no multiple of its {heads} attention heads; change one of them"
+            )
 
 
 def check_seed(seed: int) -> None:

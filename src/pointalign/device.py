@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -24,6 +26,37 @@ def native_bf16(device: torch.device | None = None) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(check() for check in checks if check is not None)
+
+
+def own_accelerator() -> torch.device | None:
+    """The accelerator of this process, by torchrun's `LOCAL_RANK` where there are several processes; None without any."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def machine_name(device: torch.device | None = None) -> str:
+    """The GPU's name, or the CPU's with what of it decides how fast PyTorch computes: "AMD EPYC, AVX512, bfloat16, 2 cores".
+
+    Args:
+        device: CUDA where there is any, else the CPU, when None.
+    """
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    parts = [_processor_name(), torch.backends.cpu.get_cpu_capability(), f"{os.cpu_count()} cores"]
+    if native_bf16(torch.device("cpu")):
+        parts.insert(2, "bfloat16")
+    return ", ".join(parts)
+
+
+def _processor_name() -> str:
+    """The CPU's name where the system tells it, else its architecture."""
+    listed = Path("/proc/cpuinfo")
+    if listed.is_file():
+        for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def keep_few_kernels() -> None:

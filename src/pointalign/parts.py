@@ -34,8 +34,9 @@ PARTS: dict[str, Callable[[str], bool]] = {
 
 
 def _is_norm(name: str) -> bool:
-    """Whether a parameter belongs to a normalisation layer, inside peft's copy of it or not."""
-    return "norm" in name.lower().partition(".modules_to_save.")[0].removesuffix(".weight").rpartition(".")[2]
+    """Whether a parameter belongs to a normalisation layer, inside peft's copy of it or not; GPT-2 calls one `ln_1`."""
+    layer = name.lower().partition(".modules_to_save.")[0].removesuffix(".weight").rpartition(".")[2]
+    return "norm" in layer or layer.startswith("ln_")
 
 
 def norm_modules(model: nn.Module) -> list[str]:

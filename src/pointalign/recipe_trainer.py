@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -118,8 +120,22 @@ class RecipeTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, without walking through all modules at every step; where FSDP splits weights, they change."""
         model: Any = self.model
+        self._draw_apart()
         with nullcontext() if self.is_fsdp_enabled else walked_once(model):
             return super().train(*args, **kwargs)
+
+    def _draw_apart(self) -> None:
+        """Let each of several processes draw its own dropout, and another one from another step on."""
+        args = self.args
+        if args.world_size > 1:
+            drawn = np.random.SeedSequence((args.seed, args.process_index, self.state.global_step))
+            torch.manual_seed(int(drawn.generate_state(1)[0]))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As `Trainer`; processes that the checkpoint's run did not have begin anew from its step."""
+        if checkpoint is not None:
+            self._draw_apart()
+        super()._load_rng_state(checkpoint)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Also splits models on CPUs, where the arguments ask for FSDP."""
@@ -256,6 +272,12 @@ class RecipeTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)  # pyright: ignore
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        folder = Path(checkpoint or "")
+        for file in (folder / OPTIMIZER_NAME, folder / SCHEDULER_NAME) if checkpoint is not None else ():
+            if not is_zipfile(file):
+                raise CheckpointError(
+                    f"{file} is missing or cut short; delete its folder to go on from the checkpoint before"
+                )
         if not self.is_fsdp_enabled or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return

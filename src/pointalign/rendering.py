@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from scipy.spatial import KDTree
 
 from pointalign.data.files import load_point_cloud
+from pointalign.errors import ConfigError
 from pointalign.figures import save_figure
 from pointalign.geometry import normalize_point_cloud
 from pointalign.models.processing import load_processor
@@ -61,7 +62,10 @@ def render_file(
     Raises:
         DataError: when the file cannot be read.
         CheckpointError: when the model has no processor.
+        ConfigError: when `out` does not end in .png.
     """
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"cannot draw into {str(out)!r}: pictures are PNGs; name a file that ends in .png")
     processor = load_processor(model) if model is not None else None
     count = num_points or (processor.num_points if processor else DEFAULT_POINTS)
     cloud = load_point_cloud(file, n_points=count, **(reading or {}))

@@ -141,6 +141,8 @@ def environment(recipe: Recipe) -> dict[str, Any]:
     """What a run ran on: versions, commit, seed, machine."""
     import torch
 
+    from pointalign.device import machine_name
+
     versions = {}
     for package in PACKAGES:
         try:
@@ -152,7 +154,7 @@ def environment(recipe: Recipe) -> dict[str, Any]:
         "versions": {**versions, "torch": torch.__version__},
         "python": platform.python_version(),
         "git_commit": git_commit(Path(__file__).parent),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": machine_name(),
         "threads": torch.get_num_threads(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from pointalign.config import Recipe
 from pointalign.device import native_bf16
-from pointalign.errors import PointAlignError
+from pointalign.errors import ConfigError, PointAlignError
 from pointalign.progress import progress, say
 from pointalign.recipe_trainer import RecipeTrainer
 from pointalign.run_folder import RunFolder
@@ -39,6 +40,21 @@ class RunStopped(PointAlignError):
 def uses_bf16(recipe: Recipe) -> bool:
     """Whether a recipe computes in bfloat16 on this machine."""
     return recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16())
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """See that transformers' Trainer knows the trackers, and that they are installed.
+
+    Raises:
+        ConfigError: when one is not.
+    """
+    try:
+        for callback in get_reporting_integration_callbacks(list(names)):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(
+            f"report_to {', '.join(names)}: {str(error).strip().splitlines()[0]}; install it, or name another tracker or none"
+        ) from error
 
 
 def training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:

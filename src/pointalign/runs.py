@@ -7,8 +7,8 @@ import multiprocessing
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -24,29 +24,32 @@ from pointalign.alignment import AlignmentRegularizer, check_layers
 from pointalign.augmentation import AugmentedConversations
 from pointalign.config import ModelSettings, Recipe, check_numbers, check_seed, load_recipe, recipe_names
 from pointalign.contrastive import train_encoder
-from pointalign.data.conversations import ConversationDataset, PointCloudSource
+from pointalign.data.conversations import ConversationDataset, PointCloudSource, count_clouds
 from pointalign.data.features import FeatureCache, weights_fingerprint
 from pointalign.data.household_split import check_part
 from pointalign.data.sources import OptionalSizes, check_paths, missing_color, open_training_data, read_clouds, unsized
-from pointalign.device import keep_few_kernels
+from pointalign.device import keep_few_kernels, own_accelerator
 from pointalign.errors import ConfigError
 from pointalign.models.chat_text import choose_point_token
-from pointalign.models.checkpoint import fit_embeddings, local_checkpoint, resolve_model
+from pointalign.models.checkpoint import fit_embeddings, is_adapters, local_checkpoint, resolve_model
 from pointalign.models.language_model import load_language_model, load_tokenizer
+from pointalign.models.losses import IGNORED
 from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
 from pointalign.models.processing import PointAlignProcessor, load_processor
 from pointalign.parts import check_names, prepare_parts
-from pointalign.progress import is_first_process, progress
+from pointalign.progress import is_first_process, progress, say
 from pointalign.recipe_trainer import RecipeTrainer
 from pointalign.released import released_messages
 from pointalign.run_folder import RunFolder
-from pointalign.run_loop import run_trainer, uses_bf16
+from pointalign.run_loop import check_trackers, run_trainer, uses_bf16
 from pointalign.sharding import gather_weights
 from pointalign.storage import cache_dir, remove_unfinished, written_folder
 from pointalign.training import build_regularizer, build_trainer
 
 PROJECTOR_FILE = "alignment_projector.safetensors"
 ENCODE_BATCH = 16
+# Conversations that are looked at to see whether they show clouds.
+LOOKED_AT = 200
 # 400 MB of clouds of 8,192 points; 660K of them would fill any memory.
 KEPT_CLOUDS = 2000
 
@@ -62,12 +65,19 @@ def build_model(
 
     Raises:
         CheckpointError: when a checkpoint or the language model cannot be loaded.
+        ConfigError: when another language model than a checkpoint's is asked for.
     """
     quantize = None if settings.quantize == "none" else settings.quantize
     if settings.start_from is not None:
         start = resolve_model(settings.start_from)
-        model = PointAlignForConditionalGeneration.from_pretrained(start, is_trainable=True, quantize=quantize)
-        return model, load_processor(start)
+        model = PointAlignForConditionalGeneration.from_pretrained(
+            start, is_trainable=True, quantize=quantize, dtype=torch.float32
+        )
+        processor = load_processor(start)
+        _check_sizes(
+            settings, start, {"language_model": model.config.language_model, "num_points": processor.num_points}
+        )
+        return model, processor
     tokenizer = load_tokenizer(settings.language_model)
     language_model: Any = load_language_model(settings.language_model, quantize, dtype=torch.float32)
     token = choose_point_token(tokenizer, language_model.get_input_embeddings().weight.shape[0], settings.point_token)
@@ -88,7 +98,46 @@ def build_model(
         missing_color=missing_color,
         metric_size=settings.point_encoder.metric_size,
     )
+    generation.eos_token_id = ends_of(processor, generation.eos_token_id)
     return model, processor
+
+
+def _check_sizes(settings: ModelSettings, start: str, language_model: str | None) -> None:
+    """See that no other language model is asked for than a checkpoint's; sizes that count for new models alone are told.
+
+    Args:
+        settings: the recipe's; what is as by default asks for nothing.
+        start: the checkpoint.
+        language_model: the name of its language model, or None where it holds the weights itself.
+
+    Raises:
+        ConfigError: when another one is.
+    """
+    default = ModelSettings()
+    asked = [name for name, value in vars(settings).items() if value != getattr(default, name)]
+    if "language_model" in asked and settings.language_model != language_model:
+        has = f"the language model {language_model}" if language_model else "its own language model"
+        raise ConfigError(
+            f"model.language_model is {settings.language_model}, but {start} has {has}; leave it out, or begin with a first "
+            "stage, which makes a model (`pointalign recipes` lists them)"
+        )
+    sizes = [f"model.{name}" for name in asked if name not in ("start_from", "language_model", "quantize")]
+    if sizes:
+        say(f"{', '.join(sizes)}: not used, for {start} has its own")
+
+
+def ends_of(processor: PointAlignProcessor, known: int | list[int] | None) -> int | list[int] | None:
+    """Where answers end: as the language model's own settings say, and where its chat template ends the assistant's turn.
+
+    A base model's settings may name the end of a text, where its template has a special token of its own for a turn's.
+    """
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    last = [label for label in processor.encode(turns)["labels"] if label != IGNORED][-1]
+    ends: list[int] = list(known) if isinstance(known, list) else [] if known is None else [known]
+    added = processor.tokenizer.added_tokens_decoder.get(last)
+    if last in ends or added is None or not added.special:
+        return known
+    return [*ends, last] if ends else last
 
 
 def model_config(settings: ModelSettings, text_config: Any, point_token_id: int) -> PointAlignConfig:
@@ -114,7 +163,7 @@ def model_config(settings: ModelSettings, text_config: Any, point_token_id: int)
         connector_config=connector,
         text_config=text_config,
         point_token_id=point_token_id,
-        language_model=settings.language_model,
+        language_model=os.path.abspath(named) if os.path.isdir(named := settings.language_model) else named,
     )
 
 
@@ -181,22 +230,37 @@ def cached_features(
     )
     if cache.is_full:
         return cache
-    device = next(model.point_encoder.parameters()).device
     was_training = model.training
     model.eval()
 
     @torch.inference_mode()
     def compute(names: list[str]) -> dict[str, Tensor]:
-        batch = torch.stack([processor.prepare_points(points) for points in read_clouds(clouds, names)]).to(device)
+        batch = torch.stack([processor.prepare_points(points) for points in read_clouds(clouds, names)])
+        batch = batch.to(next(model.point_encoder.parameters()).device)
         if fields == ("point_features",):
             return {"point_features": model.point_encoder(batch)}
         points = model.encode_points(batch)
         return {field: points[field] for field in fields}
 
-    with progress("encoding clouds", len(object_ids)) as advance:
+    with on_accelerator(frozen), progress("encoding clouds", len(object_ids)) as advance:
         cache.fill(compute, ENCODE_BATCH, advance)
     model.train(was_training)
     return cache
+
+
+@contextmanager
+def on_accelerator(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Parts that lie on the CPU are on this process's accelerator while this lasts, where there is one."""
+    before = {part: next(part.parameters()).device for part in parts}
+    accelerator = own_accelerator()
+    moved = [part for part in parts if accelerator is not None and before[part].type == "cpu"]
+    for part in moved:
+        part.to(accelerator)
+    try:
+        yield
+    finally:
+        for part in moved:
+            part.to(before[part])
 
 
 def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, Any]:
@@ -263,6 +327,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.workers and "fork" not in multiprocessing.get_all_start_methods():
         raise ConfigError("workers need a system whose processes can be forked; leave workers at 0 here")
     check_numbers(recipe)
+    check_trackers(recipe.report_to)
     if recipe.stage == "encoder":
         _check_encoder_stage(recipe)
     start = recipe.model.start_from
@@ -371,6 +436,9 @@ def _open_dataset(
     }
     if recipe.as_released:
         options["rewrite"] = released_messages
+    first = [conversations[number] for number in range(min(LOOKED_AT, len(conversations)))]
+    if not any(count_clouds(conversation.messages) for conversation in first):
+        say(f"none of the first {len(first)} conversations shows a cloud (<point>): they train as text alone")
     if recipe.data.augment:
         points = PreparedClouds(clouds, processor.clean_points)
         return AugmentedConversations(recipe.data.size_told, recipe.seed, points=points, **options)
@@ -401,25 +469,26 @@ def _plain_dataset(
 def changes_base(model: PointAlignForConditionalGeneration) -> bool:
     """Whether training changes language model weights outside its adapter, so that a checkpoint must hold them."""
     return any(
-        parameter.requires_grad and ".lora_" not in name and ".modules_to_save." not in name
-        for name, parameter in model.language_model.named_parameters()
+        parameter.requires_grad and not is_adapters(name) for name, parameter in model.language_model.named_parameters()
     )
 
 
 def cast_frozen(model: PointAlignForConditionalGeneration, came_from: str | None = None) -> None:
     """Keep the language model's frozen matrices in bfloat16, as they are multiplied; what trains stays float32.
 
-    Vectors stay too: a norm cannot have its weight in one precision and its bias in another. They are copied, because one
-    that still lies in the mapped file of weights keeps the whole file in memory. Saved they are as they came.
+    Vectors stay too: a norm cannot have its weight in one precision and its bias in another; and so does a frozen adapter,
+    which is saved as it is. They are copied, because one that still lies in the mapped file of weights keeps the whole file
+    in memory. The language model's own are saved as they came.
 
     Args:
         model: see above.
         came_from: name or folder of its language model, where that is not in the model's own folder.
     """
     model.rounded_from = came_from or model.weights_folder
-    for parameter in model.language_model.parameters():
+    for name, parameter in model.language_model.named_parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.bfloat16) if parameter.ndim >= 2 else parameter.data.clone()
+            is_matrix = parameter.ndim >= 2 and not is_adapters(name)
+            parameter.data = parameter.data.to(torch.bfloat16) if is_matrix else parameter.data.clone()
 
 
 def _summary(recipe: Recipe, folder: RunFolder, counts: dict[str, int] | None, seconds: float) -> dict[str, Any]:

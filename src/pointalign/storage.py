@@ -30,7 +30,12 @@ def written_file(target: Path) -> Iterator[Path]:
 
     The folder is made where it is missing; the temporary name ends as the target does. An OSError that names no file, as
     on a full disk, is made to name the target.
+
+    Raises:
+        DataError: when the target is a folder, or no name at all.
     """
+    if not target.name or target.is_dir():
+        raise DataError(f"cannot write {str(target)!r}: it is a folder; name a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{uuid.uuid4().hex[:12]}-{target.name}")
     try:

@@ -86,7 +86,8 @@ class AlignmentTrainer(RecipeTrainer):
         """As `Trainer.train`, on packed conversations and compiled blocks where that is asked for and can be."""
         with ExitStack() as stack:
             if self.packing:
-                if stack.enter_context(packing_attention(self.unwrapped.language_model, bf16=bool(self.args.bf16))):
+                language_model, device = self.unwrapped.language_model, self.args.device
+                if stack.enter_context(packing_attention(language_model, bool(self.args.bf16), device)):
                     self.data_collator.packing = packed_positions  # pyright: ignore
                 else:
                     say("this language model does not keep packed conversations apart; they are padded instead")

@@ -94,6 +94,28 @@ def test_an_end_symbol_that_is_an_ordinary_word_is_no_part_of_the_answer(
     assert "".join(answerer.stream(talk, prepared[:1], SHORT)) == expected[0]
 
 
+def test_an_end_symbol_that_the_tokenizer_alone_knows_ends_answers(answerer: Answerer, prepared: list[Any]) -> None:
+    talk, model, tokenizer = [about_cloud("What?")], answerer.model, answerer.processor.tokenizer
+    whole = answerer.stream(talk, prepared[:1], SHORT)
+    list(whole)
+    ids = whole.output.sequences[0, -SHORT.max_new_tokens :].tolist()
+    end = ids[4]
+    model.generation_config.eos_token_id = None
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    stream = answerer.stream(talk, prepared[:1], SHORT)
+    said = "".join(stream)
+    assert said == answerer.ask(prepared[:1], "What?", SHORT)[0].text
+    assert len(whole.output.sequences[0]) - len(stream.output.sequences[0]) == len(ids) - ids.index(end) - 1
+
+
+def test_likelihoods_that_are_no_numbers_are_refused(answerer: Answerer, prepared: list[Any]) -> None:
+    answerer.model.get_output_embeddings().weight.data.fill_(float("nan"))
+    with pytest.raises(
+        DataError, match="the labels' likelihoods are no finite numbers; compute in bfloat16 or float32"
+    ):
+        answerer.probabilities(prepared, ["lamp", "chair"])
+
+
 def test_chance_is_repeated_by_its_seed_and_leaves_the_callers_alone(answerer: Answerer, prepared: list[Any]) -> None:
     warm = Decoding(max_new_tokens=9, temperature=1.0, seed=3)
     torch.manual_seed(5)

@@ -122,6 +122,16 @@ def test_reset_forgets_all_but_the_cloud(talk: Conversation) -> None:
     assert "".join(talk.ask("What is this?")) == first
 
 
+def test_reset_forgets_the_answer_that_is_being_written(talk: Conversation) -> None:
+    talk.decoding = Decoding(max_new_tokens=200)
+    pieces = talk.ask("What is this?")
+    next(pieces)
+    talk.reset()
+    pieces.close()
+    assert talk.turns == []
+    assert talk._cache is None
+
+
 def test_a_bad_cloud_is_refused(model: Any, processor: Any) -> None:
     with pytest.raises(DataError, match="the cloud has 2 points"):
         Conversation(Answerer(model, processor), np.zeros((2, 6)))

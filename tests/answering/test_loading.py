@@ -51,6 +51,7 @@ def test_adapters_are_merged_and_numbers_chosen(tmp_path: Path, tiny_model: Path
     answerer = load_answerer(tmp_path / "model", dtype=torch.bfloat16, device="cpu")
     assert not any("lora" in name for name in answerer.model.state_dict())
     assert answerer.model.language_model.dtype == torch.bfloat16
+    assert answerer.model.get_decoder().rotary_emb.inv_freq.dtype == torch.float32
     assert next(answerer.model.point_encoder.parameters()).dtype == torch.float32
     assert not answerer.model.training
 

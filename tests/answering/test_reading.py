@@ -50,6 +50,9 @@ def test_processes_read_what_is_read_here(files: list[str], ahead: int) -> None:
     for path, cloud in there:
         assert same(cloud, here[path]), path
     assert [isinstance(cloud, DataError) for cloud in here.values()] == [False] * 5 + [True] * 2
+    in_order = list(read_clouds(files[::-1] * 3, OPTIONS, 2, ahead, in_order=True))
+    assert [path for path, _ in in_order] == files[::-1] * 3
+    assert all(same(cloud, here[path]) for path, cloud in in_order)
 
 
 def test_clouds_survive_the_way_between_processes() -> None:

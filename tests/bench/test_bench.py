@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from pointalign.bench import run as bench
 from pointalign.bench.figure import draw
 from pointalign.bench.targets import BENCHMARKS, NAMES, TARGETS, Ratio, ratios, verdicts
 from pointalign.cli import main
+from pointalign.device import machine_name
 from pointalign.errors import ConfigError, PointAlignError
+from pointalign.run_folder import git_commit
 
 RESULT = {
     "speedup": 3.0,
@@ -38,17 +41,17 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_is_done_is_not_repeated(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = bench.run_bench(Path("out"), "household")
-    assert (told["ran"], told["failed"], told["complete"]) == (["train_step"], ["encode"], False)
+    assert (told["ran"], told["failed"], told["complete"]) == (["train_step"], ["encode", "encode_8192"], False)
     assert told["absent"] == ["train_stage", "generate", "load", "data"]
     said = capsys.readouterr().err
     assert "load: this checkout has no benchmarks/load.py; left out" in said
     assert "encode: failed with exit status 1: no encoder today" in said
-    assert "benchmarks: 6/6" in said
+    assert "benchmarks: 7/7" in said
     (checkout / "benchmarks" / "encode.py").write_text(SCRIPT.format(json.dumps({"speedup": 1.6})))
     told = bench.run_bench(Path("out"), "household")
-    assert told["ran"] == ["train_step", "encode"]
+    assert told["ran"] == ["train_step", "encode", "encode_8192"]
     assert told["complete"]
-    assert [Path(line).stem for line in Path("ran").read_text().split()] == ["train_step", "encode"]
+    assert [Path(line).stem for line in Path("ran").read_text().split()] == ["train_step", "encode", "encode"]
     written = json.loads(Path("out/bench.json").read_text())
     assert written["benchmarks"]["train_step"]["speedup"] == 3.0
     assert written["benchmarks"]["train_step"]["command"] == [
@@ -58,8 +61,36 @@ def test_what_is_done_is_not_repeated(checkout: Path, capsys: pytest.CaptureFixt
         "household",
     ]
     assert Path("out/performance.png").stat().st_size > 5000
-    with pytest.raises(ConfigError, match=r"train_step.json is of size household, not tiny; name another --out"):
+    result = written["benchmarks"]["train_step"]
+    assert result["machine"] == machine_name()
+    assert result["git_commit"] == git_commit(Path(bench.__file__).parent)
+    assert datetime.fromisoformat(result["measured"]) <= datetime.now(UTC)
+    with pytest.raises(
+        ConfigError, match=r"train_step.json is of size household, not tiny; command python [^;]+; name"
+    ):
         bench.run_bench(Path("out"), "tiny", ["train_step"])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"machine": "other chip"}, r"machine other chip, not "),
+        ({"git_commit": "abc"}, r"git commit abc, not "),
+        ({"command": ["python", "benchmarks/train_step.py"]}, r"command python benchmarks/train_step.py, not "),
+    ],
+)
+def test_what_was_measured_otherwise_is_not_taken(checkout: Path, change: dict[str, Any], told: str) -> None:
+    bench.run_bench(Path("out"), "household", ["train_step"])
+    file = Path("out/train_step.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ConfigError, match=f"train_step.json is of {told}.*; name another --out, or delete it"):
+        bench.run_bench(Path("out"), "household", ["train_step"])
+
+
+def test_a_check_of_nothing_is_refused(checkout: Path) -> None:
+    with pytest.raises(ConfigError, match="no target holds for data at size household on"):
+        bench.run_bench(Path("out"), "household", ["data"], check=True)
+    assert not Path("out").exists()
 
 
 def test_the_command_checks_targets(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:

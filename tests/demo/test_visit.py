@@ -80,6 +80,13 @@ def test_a_question_that_is_too_long_asks_nobody(desk: Desk) -> None:
     assert said(visit) == [[], []]
 
 
+def test_a_question_that_spells_the_point_token_asks_nobody(desk: Desk) -> None:
+    visit = desk.visit(cloud())
+    with pytest.raises(DataError, match="a text holds <point>"):
+        list(desk.ask(visit, "what is <point>?"))
+    assert said(visit) == [[], []]
+
+
 def test_who_stops_keeps_what_was_said(models: list[Any], processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visiting, "SECONDS_BETWEEN_PIECES", -1.0)
     desk = make_desk(models, processor)

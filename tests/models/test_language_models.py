@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     LlamaConfig,
     Phi3Config,
     PhiConfig,
@@ -55,6 +56,7 @@ MODELS: dict[str, PreTrainedConfig] = {
     "gemma2": Gemma2Config(**GROUPED, head_dim=8, sliding_window=8, layer_types=WINDOWS),
     "gemma3": Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=8, layer_types=WINDOWS),
     "phi variant": PhiVariantConfig(**SIZES),
+    "gpt2": GPT2Config(**SIZES, n_inner=40),  # learned positions, and matrices the other way round
 }
 QUESTIONS = ("What is this?", "Is it made of wood, and where would it stand?", "Why?")
 
@@ -165,7 +167,8 @@ def test_alignment_reads_the_block_it_names(trained: Any) -> None:
     folder, _, _ = trained
     model = PointAlignForConditionalGeneration.from_pretrained(folder / "model", is_trainable=True)
     blocks = find_decoder_layers(model)
-    assert list(blocks) == list(model.get_decoder().layers)
+    decoder = model.get_decoder()
+    assert list(blocks) == list(decoder.h if hasattr(decoder, "h") else decoder.layers)
     processor, clouds, conversations = prompts(folder)
     inputs = processor.apply_chat_template(conversations, points=clouds, padding_side="right")
     regularizer = AlignmentRegularizer(32, 24, layers=[ALIGNED]).attach(model)

@@ -9,7 +9,16 @@ import pytest
 import torch
 from test_language_models import MODELS
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+)
 
 from pointalign.alignment import AlignmentRegularizer
 from pointalign.config import LoraSettings
@@ -199,6 +208,30 @@ def test_a_model_that_cannot_is_found_out() -> None:
     assert learned.transformer.h[0].attn.training
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_experts_are_kept_apart_but_for_rounding(seed: int) -> None:
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    model = AutoModelForCausalLM.from_config(
+        MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+    )
+    with packing_attention(model, bf16=False) as possible:
+        assert possible
+
+
+def test_attention_that_is_not_causal_is_left_as_it_is() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    ahead = AutoModelForCausalLM.from_config(Gemma3TextConfig(**sizes, **heads, use_bidirectional_attention=True))
+    chunked = AutoModelForCausalLM.from_config(
+        Llama4TextConfig(**sizes, **heads, attention_chunk_size=4, intermediate_size_mlp=40, num_local_experts=2)
+    )
+    for model in (ahead, chunked):
+        own = model.config._attn_implementation
+        with packing_attention(model, bf16=False):
+            assert model.config._attn_implementation == own
+
+
 def test_positions_that_run_on_are_not_apart(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial sees what it is there to see: conversations that are told to be one."""
     assert keeps_apart(model.language_model, bf16=False)
@@ -256,6 +289,7 @@ def test_flash_attention_by_ends_is_a_row_for_each_conversation(
 ) -> None:
     if device == "cpu":
         monkeypatch.setattr(packing, "varlen_attn", attend_by_ends)
+        monkeypatch.setattr(packing, "_on_gpu", lambda tensor: True)
     elif not packing._has_flash(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("this GPU or PyTorch has no flash attention by ends")
     heads, gradient, places = heads_and_places(device)
@@ -275,6 +309,7 @@ def test_what_flash_attention_does_not_take_has_rows(
     dtype: torch.dtype, key_heads: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "varlen_attn", lambda *given, **named: pytest.fail("not for these"))
+    monkeypatch.setattr(packing, "_on_gpu", lambda tensor: True)
     query = torch.randn(1, 4, 6, width, dtype=dtype)
     key = torch.randn(1, key_heads, 6, width, dtype=dtype)
     output, _ = packed_attention(torch.nn.Identity(), query, key, key, None, flash=True, **packed_positions([2, 4]))
@@ -288,6 +323,7 @@ def test_where_flash_attention_refuses_conversations_have_rows(monkeypatch: pyte
     config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, **sizes)
     model = AutoModelForCausalLM.from_config(config).eval().bfloat16()
     monkeypatch.setattr(packing, "_has_flash", lambda device: True)
+    monkeypatch.setattr(packing, "_on_gpu", lambda tensor: True)
 
     def refused(*given: Any, **named: Any) -> Tensor:
         raise RuntimeError("USE_FLASH_ATTENTION was not enabled for build.")

@@ -6,14 +6,23 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, TextIteratorStreamer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    OPTConfig,
+    TextIteratorStreamer,
+)
 
 from pointalign.alignment import AlignmentRegularizer
 from pointalign.config import LoraSettings
 from pointalign.errors import CheckpointError, DataError
 from pointalign.models.checkpoint import fit_embeddings, plain_state_dict
 from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
+from pointalign.models.processing import PointAlignProcessor
 from pointalign.parts import add_lora, select_parts
 
 POINT, PAD, Q = 259, 256, 5
@@ -395,6 +404,31 @@ def test_a_frozen_language_model_drops_nothing_out(model, clouds):
     assert not torch.equal(logits_of(model, clouds), expected)
 
 
+def test_blocks_that_drop_out_by_themselves_rest_while_they_are_recomputed(build_model):
+    sizes = {"vocab_size": 260, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 40, "num_hidden_layers": 2}
+    config = OPTConfig(**sizes, num_attention_heads=4, dropout=0.5, pad_token_id=256, init_std=0.2)
+    parts = build_model().config
+    model = PointAlignForConditionalGeneration(
+        PointAlignConfig(
+            point_encoder_config=parts.point_encoder_config.to_dict(),
+            connector_config=parts.connector_config.to_dict(),
+            text_config=config.to_dict(),
+            point_token_id=259,
+        )
+    )
+    ids = torch.arange(3, 12).unsqueeze(0)
+    expected = model.eval()(input_ids=ids, use_cache=False).logits
+    model.language_model.gradient_checkpointing_enable()
+    select_parts(model, ["language_projection"])
+    blocks = list(model.get_decoder().layers)
+    for _ in range(2):
+        model.train()
+        assert all(block.training for block in blocks)
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
+    model.eval()
+    assert {block.dropout for block in blocks} == {0.5}, "as it was"
+
+
 @pytest.mark.parametrize(
     ("names", "prefixes"),
     [
@@ -554,6 +588,27 @@ def test_grown_embeddings_come_back(build_model, clouds, tmp_path):
             model.save_pretrained(tmp_path / f"{name} {tied}", self_contained=whole)
             again = PointAlignForConditionalGeneration.from_pretrained(tmp_path / f"{name} {tied}")
             assert torch.equal(logits_of(again, clouds), expected), name
+
+
+def test_an_adapter_of_a_grown_vocabulary_holds_the_adapter_alone(build_model, tmp_path):
+    model = build_model()
+    save_base(model, tmp_path / "base")
+    fit_embeddings(model.language_model, 270)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model.language_model = get_peft_model(model.language_model, lora)
+    model.save_pretrained(tmp_path / "m", self_contained=False)
+    names = load_file(tmp_path / "m" / "language_model_adapter" / "adapter_model.safetensors").keys()
+    assert names
+    assert all(".lora_" in name for name in names)
+
+
+def test_transformers_auto_classes_know_it(model, processor, tmp_path, clouds):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(again, clouds), logits_of(model, clouds))
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path), PointAlignProcessor)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), PointAlignConfig)
 
 
 def truncate(path, share=0.6):

@@ -108,10 +108,21 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused(build_tokenizer)
     processor.render(CHAT[:2])
     with pytest.raises(DataError, match=r"^this tokenizer's chat template rewrites earlier turns, [^\n]+$"):
         processor.render(CHAT)
+    # An answer to it is written all the same: nothing is learnt from the earlier turns.
+    asked = processor.render(CHAT[:3], add_generation_prompt=True)
+    assert [(s.text, s.is_answer) for s in asked] == [(processor.apply_chat_template(CHAT[:3], tokenize=False), False)]
+    assert "assistant\n..." in asked[0].text
+    assert asked[0].text.endswith("<|im_start|>user\nHow big?<|im_end|>\n<|im_start|>assistant\n")
     own = PointAlignProcessor(
         build_tokenizer(chat_template=rewriting), num_point_tokens=1, chat_template=build_tokenizer().chat_template
     )
     assert [s.text for s in own.render(CHAT) if s.is_answer] == ANSWERS
+
+
+@pytest.mark.parametrize("content", ["what is <point>?", [{"type": "text", "text": "what is <point>?"}]])
+def test_words_that_spell_the_point_token_are_refused(processor, content):
+    with pytest.raises(DataError, match=r"^a text holds <point>, the token that stands for a cloud; [^\n]+$"):
+        processor.render([{"role": "user", "content": content}])
 
 
 def test_an_answer_that_ends_in_the_generation_prompt(processor):

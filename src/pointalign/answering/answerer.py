@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pointalign.answering.generation import Generated, chance, check_room, generate_from, memory_told
 from pointalign.answering.streaming import Stream
+from pointalign.data.conversations import count_clouds
 from pointalign.data.household_phrases import CATEGORY_QUESTIONS
 from pointalign.errors import DataError
 from pointalign.evaluation.benchmarks import CAPTION, INSTRUCTION
@@ -66,13 +67,7 @@ class Answerer:
         Raises:
             DataError: when the number of parts is not the number of clouds.
         """
-        parts = sum(
-            part["type"] == "point_cloud"
-            for messages in conversations
-            for message in messages
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-        )
+        parts = sum(map(count_clouds, conversations))
         if parts != len(clouds):
             raise DataError(f"the messages hold {parts} point_cloud parts for {len(clouds)} clouds; write one for each")
         ids = [self.processor.encode(messages, add_generation_prompt=True)["input_ids"] for messages in conversations]
@@ -147,11 +142,16 @@ class Answerer:
             (clouds, labels) float32; each row sums to 1.
 
         Raises:
-            DataError: without labels.
+            DataError: without labels, or when their likelihoods are no finite numbers.
         """
         words = class_texts(labels)
         with memory_told(len(clouds)):
             scores = label_log_likelihoods(self.model, self.processor, clouds, question, CLASS_STEM, words)
+        if not scores.isfinite().all():
+            raise DataError(
+                "the labels' likelihoods are no finite numbers; compute in bfloat16 or float32 (dtype), for float16 has too "
+                "small a range for some models"
+            )
         return scores.softmax(dim=-1)
 
     def check_labels(self, labels: Sequence[str], question: str = CLASS_QUESTION) -> None:

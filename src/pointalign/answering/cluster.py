@@ -53,6 +53,7 @@ class Task:
         readers: processes that read files for the worker; 0 for none.
         batch_size: objects that the model answers at a time.
         folder: what paths start from.
+        number: of the first batch, for sampling.
         attempts: Ray's handle of an `Attempts`.
     """
 
@@ -63,6 +64,7 @@ class Task:
     readers: int
     batch_size: int
     folder: Path
+    number: int = 0
     attempts: Any = None
 
 
@@ -112,7 +114,9 @@ class Worker:
                 colored.append(cloud.colors is not None)
             except DataError as error:
                 found[place] = {"error": str(error)}, True
-        rows = self.task.job.rows(self.answerer, clouds, first // self.task.batch_size) if clouds else []
+        number = self.task.number + first // self.task.batch_size
+        rows = self.task.job.rows(self.answerer, clouds, number) if clouds else []
+        self.task.attempts.end.remote(first)
         return found | dict(zip(places, zip(rows, colored, strict=True), strict=True))
 
     def _read(self, paths: Sequence[str]) -> list[PointCloud | DataError]:
@@ -170,14 +174,19 @@ class OnRay:
             folder=Path.cwd(),
         )
 
-    def batches(self, left: Sequence[Input]) -> Generator[Answers, None, None]:
+    def batches(self, left: Sequence[Input], number: int) -> Generator[Answers, None, None]:
         """Rows as they get ready, one for each input.
+
+        Args:
+            left: the objects.
+            number: of the first batch, for sampling.
 
         Raises:
             PointAlignError: when a worker cannot work at all.
         """
         if not left:
             return
+        self.task = replace(self.task, number=number)
         waiting = dict(enumerate(thing.path for thing in left))
         for indices, rows, colored in self._results([os.fsencode(path) for path in waiting.values()]):
             # Ray gives each result once, also when a worker dies that had handed some of a piece over; this makes sure.

@@ -57,7 +57,7 @@ class Conversation:
         self._point_tokens: Tensor = tokens.clone()
 
     def reset(self) -> None:
-        """Forget what was said; the cloud stays."""
+        """Forget what was said, and what is being answered when that ends; the cloud stays."""
         self.turns, self.forgotten, self._cache = [], 0, None
 
     def release(self) -> None:
@@ -96,8 +96,9 @@ class Conversation:
         finally:
             pieces.close()
             if stream.output is not None:
-                self.turns.append(Turn(question, stream.text))
-                self._keep(stream.output)
+                turns.append(Turn(question, stream.text))
+                if self.turns is turns:  # else it was reset meanwhile
+                    self._keep(stream.output)
 
     def _remembered(self, question: str) -> tuple[list[Turn], list[int]]:
         """The newest turns that fit into the context with the question, and the ids of the prompt."""

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from pointalign.answering.answerer import Answerer
 from pointalign.answering.cluster import OnRay
 from pointalign.answering.inputs import STANDARD_INPUT, Input, find_inputs
 from pointalign.answering.lines import Answers, LinesFile, Row, StandardOutput
-from pointalign.answering.loading import fetch_model, load_answerer
+from pointalign.answering.loading import choose_device, choose_dtype, fetch_model, load_answerer, short_dtype
 from pointalign.answering.reading import read_clouds, reading_processes
-from pointalign.errors import DataError
+from pointalign.errors import ConfigError, DataError
 from pointalign.evaluation.provenance import model_fingerprint
 from pointalign.models.checkpoint import resolve_model
 from pointalign.options import ManyFiles, ModelChoice, Reading
@@ -38,6 +38,7 @@ class Job:
         name: what rows without error are called in the summary: "captions".
         settings: what the rows depend on besides model and file.
         rows: from the model, prepared clouds of a batch and the batch's number to one row for each cloud.
+        draws: whether rows depend on a batch's number and on what else is in it, as drawn words do.
         check: refuses what this model cannot do for any object, before the first one.
         drawn: a row as people read it on a terminal, for rich.
     """
@@ -47,6 +48,7 @@ class Job:
     rows: Callable[[Answerer, Sequence[Tensor], int], list[Row]]
     check: Callable[[Answerer], None]
     drawn: Callable[[Row], RenderableType]
+    draws: bool = False
 
 
 def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: Reading, many: ManyFiles) -> Row:
@@ -70,12 +72,19 @@ def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: R
             one about standard input.
     """
     inputs = find_inputs(paths)
+    if inputs[0].path == STANDARD_INPUT:
+        if many.engine == "ray":
+            raise ConfigError(
+                "the workers of a Ray cluster cannot read standard input; give a file, or leave --engine out"
+            )
+        many = replace(many, workers=0)  # other processes have a standard input of their own
     name = resolve_model(choice.model)
     folder = fetch_model(name)
     if many.out in (None, "-"):
         lines: LinesFile | StandardOutput = StandardOutput(job.drawn if many.out is None else None)
     else:
-        settings = {"model": model_fingerprint(str(folder)), **job.settings, **asdict(reading)}
+        computed = {"model": model_fingerprint(str(folder)), "dtype": _dtype(choice, many)}
+        settings = {**computed, **job.settings, **asdict(reading)}
         lines = LinesFile(Path(many.out), settings, many.retry_errors)
     with closing(lines):
         if inputs[0].path == STANDARD_INPUT and inputs[0].key in lines.done:
@@ -96,7 +105,8 @@ def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: R
             engine = _Here(name, job, choice, reading, many)
         start = time.monotonic()
         if engine is not None:
-            run.write(engine, left)
+            # Batches are counted on from those of an earlier run, so that none draws as one of them did.
+            run.write(engine, left, -(-(run.counts[job.name]) // many.batch_size))
         seconds = time.monotonic() - start
     if run.uncolored and engine is not None:
         filled = ", ".join(f"{value:g}" for value in engine.processor.missing_color)
@@ -118,13 +128,13 @@ class _Run:
     uncolored: int = 0
     answered: int = 0
 
-    def write(self, engine: _Here | OnRay, left: Sequence[Input]) -> None:
-        """Write a line for each object that is left: errors at once, answers as they get ready."""
+    def write(self, engine: _Here | OnRay, left: Sequence[Input], number: int) -> None:
+        """Write a line for each object that is left: errors at once, answers as they get ready, in batches from a number on."""
         nothing = [{"path": thing.path, "error": thing.error} for thing in left if thing.error is not None]
         try:
             with (
                 progress(self.job.name, len(left), self._note) as advance,
-                closing(engine.batches([thing for thing in left if thing.error is None])) as batches,
+                closing(engine.batches([thing for thing in left if thing.error is None], number)) as batches,
             ):
                 for rows, uncolored in chain([Answers(nothing)], batches):
                     self.lines.write(rows)
@@ -144,6 +154,13 @@ class _Run:
         return f"{self.counts['errors']} errors"
 
 
+def _dtype(choice: ModelChoice, many: ManyFiles) -> str:
+    """What lines say of the language model's numbers; each worker of a cluster chooses for its own device."""
+    if many.engine == "ray":
+        return choice.dtype or "each worker's own"
+    return short_dtype(choose_dtype(choice.dtype, choose_device(choice.device)))
+
+
 class _Here:
     """Answers by a model in this process; arguments and errors as in `answer_files`."""
 
@@ -153,14 +170,14 @@ class _Here:
         self.processor = self.answerer.processor
         job.check(self.answerer)
 
-    def batches(self, left: Sequence[Input]) -> Generator[Answers, None, None]:
-        """Rows as they get ready, one for each input: errors of reading at once, answers batch by batch."""
+    def batches(self, left: Sequence[Input], number: int) -> Generator[Answers, None, None]:
+        """Rows as they get ready, one for each input: errors of reading at once, answers in batches from a number on."""
         paths = [thing.path for thing in left]
         options = self.reading.options(self.processor.num_points)
         processes = reading_processes(len(paths), self.many.workers)
         batch: list[tuple[str, Tensor]] = []
-        number = uncolored = 0
-        with closing(read_clouds(paths, options, processes, BATCHES_AHEAD * self.many.batch_size)) as clouds:
+        uncolored, ahead = 0, BATCHES_AHEAD * self.many.batch_size
+        with closing(read_clouds(paths, options, processes, ahead, self.job.draws)) as clouds:
             for path, cloud in clouds:
                 try:
                     if isinstance(cloud, DataError):

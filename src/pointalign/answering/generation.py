@@ -50,7 +50,7 @@ def generate_from(
     if count > 1 and can_refill(model, options):
         ids = refilled_ids(model, moved, rows or count, options["max_new_tokens"], ends)
     else:
-        ids = model.generate(**moved, **options)[:, length:].tolist()
+        ids = model.generate(**moved, **{**told_ends(model, ends), **options})[:, length:].tolist()
     ended = [next((index for index, token in enumerate(row) if token in ends), None) for row in ids]
     # An end symbol may be an ordinary word of the vocabulary, which decoding does not skip.
     texts = processor.batch_decode([row[:end] for row, end in zip(ids, ended, strict=True)], skip_special_tokens=True)
@@ -61,10 +61,15 @@ def generate_from(
 
 
 def end_symbols(model: Any, processor: Any) -> set[int]:
-    """Ids at which an answer ends."""
+    """Ids at which an answer ends: the model's own, else the tokenizer's; none where neither knows any."""
     ends = model.generation_config.eos_token_id
     ends = processor.tokenizer.eos_token_id if ends is None else ends
-    return set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    return set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+
+
+def told_ends(model: Any, ends: set[int]) -> dict[str, Any]:
+    """`generate`'s argument for `end_symbols` that the model's own settings do not hold."""
+    return {"eos_token_id": sorted(ends)} if ends and model.generation_config.eos_token_id is None else {}
 
 
 @contextmanager

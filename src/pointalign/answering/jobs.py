@@ -36,7 +36,7 @@ def caption_job(question: str | None = None, decoding: Decoding = GREEDY) -> Job
     def check(answerer: Answerer) -> None:
         answerer.check_question(asked, decoding.max_new_tokens)
 
-    return Job("captions", {"question": asked, **asdict(decoding)}, rows, check, drawn_caption)
+    return Job("captions", {"question": asked, **chosen_by(decoding)}, rows, check, drawn_caption, decoding.samples)
 
 
 def classify_job(
@@ -80,8 +80,14 @@ def classify_job(
         if labels:
             answerer.check_labels(labels, asked)
 
-    settings = {"labels": list(labels), "top": top, "question": asked, "free": free}
-    return Job("classified", {**settings, **(asdict(decoding) if free else {})}, rows, check, drawn_classes)
+    settings: dict[str, Any] = {"labels": list(labels), "top": top, "question": asked, "free": free}
+    settings |= chosen_by(decoding) if free else {}
+    return Job("classified", settings, rows, check, drawn_classes, free and decoding.samples)
+
+
+def chosen_by(decoding: Decoding) -> dict[str, Any]:
+    """What words depend on: all of the settings where they are drawn, else the longest length alone."""
+    return asdict(decoding) if decoding.samples else {"max_new_tokens": decoding.max_new_tokens}
 
 
 def ranked(labels: Sequence[str], probabilities: Tensor) -> list[dict[str, Any]]:

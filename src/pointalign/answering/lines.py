@@ -92,6 +92,8 @@ class LinesFile:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], retry_errors: bool = False) -> None:
+        if not path.name:
+            raise DataError(f"cannot write {str(path)!r}: it is a folder; name a file")
         self.path = path
         self.settings_file = path.with_name(path.name + ".settings.json")
         self._lock = taken_lock(self.path).lock

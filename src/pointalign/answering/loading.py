@@ -19,7 +19,7 @@ from pointalign.data.files.source import readable
 from pointalign.device import native_bf16
 from pointalign.errors import CheckpointError, ConfigError
 from pointalign.models.checkpoint import find_checkpoint, local_checkpoint, resolve_model
-from pointalign.models.language_model import EMBEDDED, hub_is_off, resolve_language_model
+from pointalign.models.language_model import EMBEDDED, cast_weights, hub_is_off, resolve_language_model
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
 from pointalign.progress import say
@@ -100,18 +100,20 @@ def load_answerer(
     """
     wanted = resolve_model(model)
     chosen = choose_device(device)
-    numbers = _choose_dtype(dtype, chosen)
+    numbers = choose_dtype(dtype, chosen)
     folder = fetch_model(wanted)
     with quiet_transformers():
         processor = load_processor(str(folder))
         loaded = PointAlignForConditionalGeneration.from_pretrained(folder, merged=True)
     language_model = _read_config(folder).get("language_model")
-    loaded.language_model.to(numbers)
+    cast_weights(loaded.language_model, numbers)
     loaded.to(chosen)  # pyright: ignore[reportArgumentType]
     weights = list(loaded.parameters())
     size = readable(sum(weight.numel() * weight.element_size() for weight in weights))
     count = sum(weight.numel() for weight in weights) / 1e6
-    told = f"model {wanted}: {count:,.1f} million weights, {size}, language model in {_short(numbers)}, on {chosen}"
+    told = (
+        f"model {wanted}: {count:,.1f} million weights, {size}, language model in {short_dtype(numbers)}, on {chosen}"
+    )
     come_from = f"from {folder.resolve()}" + (f", its language model from {language_model}" if language_model else "")
     say(f"{told}; {come_from}")
     return Answerer(loaded, processor, wanted)
@@ -135,7 +137,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The numbers of a language model: those named, else bfloat16 where the device multiplies it natively, else float32.
+
+    Raises:
+        ConfigError: when they are unknown.
+    """
     if dtype is None:
         return torch.bfloat16 if native_bf16(device) else torch.float32
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -160,5 +167,6 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _short(dtype: torch.dtype) -> str:
+def short_dtype(dtype: torch.dtype) -> str:
+    """A dtype's name: "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -35,7 +35,7 @@ def reading_processes(num_files: int, wanted: int | None) -> int:
 
 
 def read_clouds(
-    paths: Sequence[str], options: Mapping[str, Any], processes: int, ahead: int
+    paths: Sequence[str], options: Mapping[str, Any], processes: int, ahead: int, in_order: bool = False
 ) -> Generator[Read, None, None]:
     """Read files, each once.
 
@@ -44,19 +44,29 @@ def read_clouds(
         options: further arguments of `load_point_cloud`.
         processes: how many read; 0 reads here, one file whenever one is asked for.
         ahead: clouds that may wait to be asked for.
+        in_order: a file that takes long holds up those behind it.
 
     Yields:
-        Path and cloud, or what is wrong with the file; in the order of the paths when they are read here, else as they get
-        ready.
+        Path and cloud, or what is wrong with the file; in the order of the paths when they are read here or `in_order`, else
+        as they get ready.
     """
     if not processes:
         for path in paths:
             yield path, read_cloud(path, options)
         return
-    readers = _Readers(paths, options, processes, ahead)
+    window = max(ahead, processes) if in_order else len(paths) + processes
+    readers = _Readers(paths, options, processes, ahead, window)
+    early: dict[int, Read] = {}
     try:
-        for _ in paths:
-            yield readers.ready.get()
+        for number in range(len(paths)):
+            if not in_order:
+                yield readers.ready.get()[1]
+                continue
+            while number not in early:
+                place, read = readers.ready.get()
+                early[place] = read
+            readers.let_begin(number + 1 + window)
+            yield early.pop(number)
     finally:
         readers.stop()
 
@@ -67,23 +77,35 @@ class _Readers:
     A process that dies while it reads a file, for want of memory or in a library's machine code, costs that file alone.
     """
 
-    def __init__(self, paths: Sequence[str], options: Mapping[str, Any], processes: int, ahead: int) -> None:
-        self.ready: queue.Queue[Read] = queue.Queue(max(ahead, 1))
-        self._todo = iter(paths)
+    def __init__(
+        self, paths: Sequence[str], options: Mapping[str, Any], processes: int, ahead: int, limit: int
+    ) -> None:
+        self.ready: queue.Queue[tuple[int, Read]] = queue.Queue(max(ahead, 1))
+        self._todo = iter(enumerate(paths))
         self._options = dict(options)
-        self._lock = threading.Lock()
+        self._limit, self._begun = limit, 0
+        self._lock = threading.Condition()
         self._stopping = False
         self._running: set[subprocess.Popen[bytes]] = set()
         for _ in range(processes):
             threading.Thread(target=self._feed, daemon=True).start()
 
-    def _next(self) -> str | None:
+    def _next(self) -> tuple[int, str] | None:
         with self._lock:
+            self._lock.wait_for(lambda: self._stopping or self._begun < self._limit)
+            self._begun += 1
             return None if self._stopping else next(self._todo, None)
+
+    def let_begin(self, limit: int) -> None:
+        """Let so many files be begun; each thread asks for one more than there are."""
+        with self._lock:
+            self._limit = limit
+            self._lock.notify_all()
 
     def _feed(self) -> None:
         process: subprocess.Popen[bytes] | None = None
-        while (path := self._next()) is not None:
+        while (todo := self._next()) is not None:
+            place, path = todo
             try:
                 process = process or self._started()
                 if process is None:
@@ -93,7 +115,7 @@ class _Readers:
                 told = f"no process can be started to read it ({error})" if process is None else _ending(process)
                 cloud = DataError(f"{path}: {told}; make the file smaller or convert it to another format")
                 process = None
-            self.ready.put((path, cloud))
+            self.ready.put((place, (path, cloud)))
         if process is not None:
             with suppress(OSError):
                 process.communicate()
@@ -110,6 +132,7 @@ class _Readers:
         """End the processes, whatever they do, and let the threads run out."""
         with self._lock:
             self._stopping = True
+            self._lock.notify_all()
             for process in self._running:
                 process.kill()
         with suppress(queue.Empty):

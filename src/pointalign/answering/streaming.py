@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from pointalign.answering.generation import chance, end_symbols, memory_told
+from pointalign.answering.generation import chance, end_symbols, memory_told, told_ends
 from pointalign.options import Decoding
 
 
@@ -95,9 +95,11 @@ class Stream:
         self.model = model
         self.decoding = decoding
         self.number = number
-        self.arguments = {**inputs, **decoding.options(), **(given or {}), "return_dict_in_generate": True}
+        ends = end_symbols(model, processor)
+        wanted = {**told_ends(model, ends), **decoding.options(), **(given or {})}
+        self.arguments = {**inputs, **wanted, "return_dict_in_generate": True}
         self.output: Any = None
-        self._pieces = _Pieces(processor.tokenizer, end_symbols(model, processor))
+        self._pieces = _Pieces(processor.tokenizer, ends)
 
     @property
     def text(self) -> str:

@@ -61,6 +61,12 @@ class Conversation:
     messages: tuple[Mapping[str, Any], ...]
 
 
+def count_clouds(messages: Iterable[Mapping[str, Any]]) -> int:
+    """How many clouds messages show."""
+    contents = (message["content"] for message in messages)
+    return sum(part["type"] == "point_cloud" for parts in contents if not isinstance(parts, str) for part in parts)
+
+
 def parse_conversation(item: Mapping[str, Any], where: str) -> Conversation:
     """One entry of a PointLLM instruction file.
 
@@ -300,12 +306,7 @@ class ConversationDataset(Dataset):
                 )
             if len(self._encoded) < KEPT_ENCODED:
                 self._encoded[index] = encoded
-        clouds = sum(
-            part["type"] == "point_cloud"
-            for message in conversation.messages
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-        )
+        clouds = count_clouds(conversation.messages)
         return {**encoded, "points": [self.points[self.cloud_name(conversation.object_id, index)]] * clouds}
 
 

