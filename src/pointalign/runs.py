@@ -73,11 +73,8 @@ def build_model(
         model = PointAlignForConditionalGeneration.from_pretrained(
             start, is_trainable=True, quantize=quantize, dtype=torch.float32
         )
-        processor = load_processor(start)
-        _check_sizes(
-            settings, start, {"language_model": model.config.language_model, "num_points": processor.num_points}
-        )
-        return model, processor
+        _check_sizes(settings, start, model.config.language_model)
+        return model, load_processor(start)
     tokenizer = load_tokenizer(settings.language_model)
     language_model: Any = load_language_model(settings.language_model, quantize, dtype=torch.float32)
     token = choose_point_token(tokenizer, language_model.get_input_embeddings().weight.shape[0], settings.point_token)
