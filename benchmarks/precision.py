@@ -123,13 +123,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     quiet()
     told: dict[str, Any] = {"benchmark": "precision", "size": options.size, "learning_rate": options.learning_rate}
     losses, gradients = take(REFERENCE, options, moving=False)
-    moved, _ = take(REFERENCE, options, moving=True)
+    moved = take(REFERENCE, options, moving=True)[0] if options.moving else []
     for way in WAYS:
+        if options.ways and way.name not in options.ways:
+            continue
         seen, found = take(way, options, moving=False)
-        told[way.name] = {
-            "same_weights": apart(seen, losses) | gradients_apart(found, gradients),
-            "moving": apart(take(way, options, moving=True)[0], moved),
-        }
+        told[way.name] = {"same_weights": apart(seen, losses) | gradients_apart(found, gradients)}
+        if moved:
+            told[way.name]["moving"] = apart(take(way, options, moving=True)[0], moved)
     where = environment(Recipe())
     return told | {name: where[name] for name in ("device", "threads", "versions")}
 
@@ -139,11 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["household", "tiny"], default="household")
     parser.add_argument("--still", type=int, default=3, help="batches with the same weights")
-    parser.add_argument("--moving", type=int, default=8, help="steps that move weights")
+    parser.add_argument("--moving", type=int, default=8, help="steps that move weights; 0 leaves them out")
     parser.add_argument("--learning-rate", type=float, help="of those; the recipe's own if not given")
+    parser.add_argument("--ways", nargs="+", choices=[way.name for way in WAYS], help="all when not given")
     options = parser.parse_args(arguments)
-    if min(options.still, options.moving) < 2:
-        parser.error("--still and --moving are 2 or more")
+    if options.still < 1 or options.moving < 0:
+        parser.error("--still is 1 or more, and --moving 0 or more")
     print(json.dumps(measure(options)))
 
 

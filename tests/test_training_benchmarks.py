@@ -31,6 +31,17 @@ def test_a_step_of_both_procedures() -> None:
     assert told["memory_ratio"] > 0
 
 
+def test_rounding_alone_is_between_the_precisions() -> None:
+    told = run_benchmark(
+        "precision.py", "--still", "1", "--moving", "0", "--ways", "ours_fp32_packed", "published_bf16"
+    )
+    ours, rounded = (told[name]["same_weights"] for name in ("ours_fp32_packed", "published_bf16"))
+    for name, most in (("lm_loss", 2e-6), ("alignment_loss", 2e-6), ("gradient", 1e-5), ("signs", 1e-4)):
+        assert ours[name][0] <= most
+    assert 1e-3 < rounded["gradient"][0] < 0.1
+    assert "moving" not in told["published_bf16"]
+
+
 def test_a_step_of_the_made_up_stage_is_as_long_as_the_published_one(tmp_path: Path) -> None:
     """10,000 steps of stage PointAlign are some 11 M tokens, in 67,500 conversations by odds and batch sizes."""
     true_size = load_script(BENCHMARKS / "true_size.py")
