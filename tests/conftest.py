@@ -18,7 +18,7 @@ import torch
 from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from pointalign.models.language_model import EMBEDDED, resolve_language_model
@@ -123,6 +123,24 @@ def make_model(seed: int = 0, **kwargs: Any) -> PointAlignForConditionalGenerati
 def build_model() -> Callable[..., PointAlignForConditionalGeneration]:
     """`make_model`."""
     return make_model
+
+
+@pytest.fixture(scope="session")
+def build_around() -> Callable[[PreTrainedConfig], PointAlignForConditionalGeneration]:
+    """From a language model's configuration to a tiny model around it."""
+
+    def build(text: PreTrainedConfig) -> PointAlignForConditionalGeneration:
+        sizes: Any = make_config()
+        return PointAlignForConditionalGeneration(
+            PointAlignConfig(
+                point_encoder_config=sizes.point_encoder_config.to_dict(),
+                connector_config=sizes.connector_config.to_dict(),
+                text_config=text.to_dict(),
+                point_token_id=259,
+            )
+        )
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,7 @@ def test_a_process_has_an_accelerator_of_its_own(monkeypatch: pytest.MonkeyPatch
     assert own_accelerator() is None
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert own_accelerator() == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "3")

@@ -29,9 +29,11 @@ def native_bf16(device: torch.device | None = None) -> bool:
 
 
 def own_accelerator() -> torch.device | None:
-    """The accelerator of this process, by torchrun's `LOCAL_RANK` where there are several processes; None without any."""
+    """The accelerator of this process, one for each process of a machine by torchrun's `LOCAL_RANK`; None without any."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return None if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
+    if found is None:
+        return None
+    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
 
 
 def machine_name(device: torch.device | None = None) -> str:

@@ -33,7 +33,6 @@ from pointalign.models.packing import (
     packed_positions,
     packing_attention,
 )
-from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
 from pointalign.parts import add_lora, select_parts
 from pointalign.runs import cast_frozen
 from randomness import randomize
@@ -47,17 +46,9 @@ CONVERSATIONS = [
 ]
 
 
-def whole_model(config: Any, build_model: Any) -> Any:
+def whole_model(config: Any, build_around: Any) -> Any:
     """A tiny PointAlign around a language model in LoRA, everything random, everything trains."""
-    sizes = build_model().config
-    model = PointAlignForConditionalGeneration(
-        PointAlignConfig(
-            point_encoder_config=sizes.point_encoder_config.to_dict(),
-            connector_config=sizes.connector_config.to_dict(),
-            text_config=config.to_dict(),
-            point_token_id=POINT,
-        )
-    )
+    model = build_around(config)
     randomize(model, 4)
     add_lora(model, LoraSettings(rank=2, alpha=4, dropout=0.0), train_norms=True)
     with torch.no_grad():
@@ -94,8 +85,8 @@ def run(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Te
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def named_model(request: pytest.FixtureRequest, build_model: Any) -> Any:
-    return whole_model(MODELS[request.param], build_model)
+def named_model(request: pytest.FixtureRequest, build_around: Any) -> Any:
+    return whole_model(MODELS[request.param], build_around)
 
 
 @pytest.mark.parametrize("own_attention", [True, False], ids=["own attention", "packed attention"])
@@ -153,12 +144,12 @@ def test_no_conversation_feels_another(named_model: Any, processor: Any, clouds:
         assert torch.equal(one, other) == (number != 1)
 
 
-def test_bfloat16_rounds_as_autocast_alone_does(build_model: Any, processor: Any, clouds: Tensor) -> None:
+def test_bfloat16_rounds_as_autocast_alone_does(build_around: Any, processor: Any, clouds: Tensor) -> None:
     """Frozen matrices in bfloat16 and packing add little to the rounding that autocast over float32 weights has anyway.
 
     On real data and SmolLM2-135M the gradients were 4.7 to 5.4 % and 3.2 to 3.7 % from those in float32 (docs/LOG.md).
     """
-    model = whole_model(MODELS["llama"], build_model)
+    model = whole_model(MODELS["llama"], build_around)
     select_parts(model, ["language_model_lora", "language_model_norms"])
     batches = [Collator(processor, packing=packing)(samples(clouds)) for packing in (None, packed_positions)]
     with torch.no_grad():

@@ -404,18 +404,10 @@ def test_a_frozen_language_model_drops_nothing_out(model, clouds):
     assert not torch.equal(logits_of(model, clouds), expected)
 
 
-def test_blocks_that_drop_out_by_themselves_rest_while_they_are_recomputed(build_model):
+def test_blocks_that_drop_out_by_themselves_rest_while_they_are_recomputed(build_around):
     sizes = {"vocab_size": 260, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 40, "num_hidden_layers": 2}
     config = OPTConfig(**sizes, num_attention_heads=4, dropout=0.5, pad_token_id=256, init_std=0.2)
-    parts = build_model().config
-    model = PointAlignForConditionalGeneration(
-        PointAlignConfig(
-            point_encoder_config=parts.point_encoder_config.to_dict(),
-            connector_config=parts.connector_config.to_dict(),
-            text_config=config.to_dict(),
-            point_token_id=259,
-        )
-    )
+    model = build_around(config)
     ids = torch.arange(3, 12).unsqueeze(0)
     expected = model.eval()(input_ids=ids, use_cache=False).logits
     model.language_model.gradient_checkpointing_enable()

@@ -11,6 +11,8 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
+from pointalign.device import own_accelerator
+
 # A process that waits does nothing else: long enough for any difference between shares of one data set.
 LONGEST_WAIT = timedelta(days=2)
 
@@ -65,8 +67,4 @@ def joined_processes() -> Iterator[Processes]:
 
 def evaluation_device() -> torch.device:
     """This process's accelerator, one for each process of a machine; the CPU where there is none."""
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator()
-    assert accelerator is not None
-    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
+    return own_accelerator() or torch.device("cpu")
