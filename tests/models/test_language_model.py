@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,17 +72,37 @@ def test_a_truncated_local_folder(model, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_gguf_file_is_parsed_once_while_it_is_converted(monkeypatch):
+def test_a_gguf_file_is_parsed_once_while_it_is_converted_and_says_the_same(tmp_path):
     import gguf
 
-    parsed: list[str] = []
-    monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or object())
+    file = tmp_path / "small.gguf"
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_token_list(["a", "", "träge", "\n"])
+    writer.add_token_types([1, 2, 3, 4])
+    writer.add_rope_freq_base(1e4)
+    writer.add_tensor("token_embd.weight", np.arange(64, dtype=np.float32).reshape(2, 32))
+    packed = gguf.quantize(np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32), gguf.GGMLQuantizationType.Q4_1)
+    writer.add_tensor("blk.0.attn_q.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    other = tmp_path / "other.gguf"
+    other.write_bytes(file.read_bytes())
+
+    own, names = gguf.GGUFReader, gguf.get_tensor_name_map
     with module.read_once():
-        assert gguf.GGUFReader("a") is gguf.GGUFReader("a")
-        assert gguf.GGUFReader("b") is not gguf.GGUFReader("a")
-    assert parsed == ["a", "b"]
-    gguf.GGUFReader("a")
-    assert parsed == ["a", "b", "a"]
+        quick = gguf.GGUFReader(file)
+        assert gguf.GGUFReader(file) is quick
+        assert gguf.GGUFReader(other) is not quick
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (own, names)
+    plain = own(file)
+    assert list(quick.fields) == list(plain.fields)
+    for name, field in plain.fields.items():
+        assert quick.fields[name].contents() == field.contents(), name
+    assert [tensor.name for tensor in quick.tensors] == ["token_embd.weight", "blk.0.attn_q.weight"]
+    for ours, theirs in zip(quick.tensors, plain.tensors, strict=True):
+        assert ours.tensor_type == theirs.tensor_type
+        np.testing.assert_array_equal(ours.data, theirs.data)
 
 
 # The real embedded model
