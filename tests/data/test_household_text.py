@@ -15,6 +15,7 @@ from pointalign.data.household import HouseholdObject, household_classes, load_h
 from pointalign.data.household_phrases import PROPORTIONS
 from pointalign.data.household_text import (
     build_captions,
+    build_conversations,
     build_instructions,
     describe,
     label_phrases,
@@ -215,3 +216,4 @@ def test_captions_are_written_as_references_are(objects):
         question, answer = item["conversations"]
         assert question == {"from": "human", "value": "<point>\nCaption this 3D model in detail."}
         assert answer == {"from": "gpt", "value": reference_caption(thing)}
+    assert build_conversations(objects[:5]) == [*build_instructions(objects[:5]), *captions]

@@ -56,33 +56,55 @@ def srgb_to_oklab(rgb: np.ndarray) -> np.ndarray:
 
 def name_colors(rgb: np.ndarray) -> list[tuple[str, str]]:
     """The name and basic colour of each colour (N, 3), sRGB in [0, 1]."""
-    names, tree = _anchors()
-    nearest = np.atleast_1d(tree.query(_weighted(np.reshape(rgb, (-1, 3))))[1])
-    return [names[i] for i in nearest]
+    names, _ = _anchors()
+    return [names[i] for i in _nearest(np.reshape(rgb, (-1, 3)))]
 
 
-def dominant_colors(rgb: np.ndarray) -> list[NamedColor]:
-    """The colours that most of a cloud has, largest share first.
+def color_indices(rgb: np.ndarray) -> np.ndarray:
+    """Where each colour's name stands in the kept list, (N,), to be counted by `count_colors`.
+
+    Args:
+        rgb: (N, 3) sRGB in [0, 1], rounded to 8 bits here.
+    """
+    packed = np.round(np.asarray(rgb) * 255).astype(np.int64) @ np.array([65536, 256, 1])
+    values, places = np.unique(packed, return_inverse=True)
+    return _nearest(np.stack([values >> 16, values >> 8 & 255, values & 255], axis=1) / 255)[places]
+
+
+def count_colors(indices: np.ndarray) -> list[NamedColor]:
+    """The colours that most points have, largest share first.
 
     Shades of one basic colour count together and go by the name that most of their points have. The first colour is
     always given, others when at least MIN_SHARE of the points have them, at most MAX_COLORS in all.
 
     Args:
-        rgb: (N, 3) sRGB in [0, 1], N >= 1.
+        indices: (N,) as `color_indices` gives them, of a cloud or a part of it, N >= 1.
     """
-    packed = np.round(np.asarray(rgb) * 255).astype(np.int64) @ np.array([65536, 256, 1])
-    values, counts = np.unique(packed, return_counts=True)
-    levels = np.stack([values >> 16, values >> 8 & 255, values & 255], axis=1)
+    names, _ = _anchors()
     by_base: dict[str, Counter[str]] = {}
-    for (name, base), count in zip(name_colors(levels / 255), counts.tolist(), strict=True):
-        by_base.setdefault(base, Counter())[name] += count
-    total = int(counts.sum())
+    for index, count in enumerate(np.bincount(indices).tolist()):
+        if count:
+            name, base = names[index]
+            by_base.setdefault(base, Counter())[name] += count
     found = [
-        NamedColor(min(shades, key=lambda name: (-shades[name], name)), base, sum(shades.values()) / total)
+        NamedColor(min(shades, key=lambda name: (-shades[name], name)), base, sum(shades.values()) / len(indices))
         for base, shades in by_base.items()
     ]
     found.sort(key=lambda color: (-color.share, color.base))
     return found[:1] + [color for color in found[1:MAX_COLORS] if color.share >= MIN_SHARE]
+
+
+def dominant_colors(rgb: np.ndarray) -> list[NamedColor]:
+    """The colours that most of a cloud has, see `count_colors`.
+
+    Args:
+        rgb: (N, 3) sRGB in [0, 1], N >= 1.
+    """
+    return count_colors(color_indices(rgb))
+
+
+def _nearest(rgb: np.ndarray) -> np.ndarray:
+    return np.asarray(_anchors()[1].query(_weighted(rgb))[1])
 
 
 @cache

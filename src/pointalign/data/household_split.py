@@ -184,12 +184,13 @@ def household_sides(held_out: str = TEST) -> tuple[list[HouseholdObject], list[H
         ConfigError: when held_out is none of these.
     """
     check_part(held_out)
-    if held_out == TEST:
-        return load_household("train"), load_household(TEST)
     kind, _, number = held_out.partition("-")
-    objects = load_household() if kind == FOLD else load_household("train")
-    folds = family_folds(objects, FOLDS)
+    objects = load_household("train" if kind == VALIDATION else None)
+    if held_out == TEST:
+        asked = {thing.id for thing in objects if thing.split == TEST}
+    else:
+        asked = {name for name, fold in family_folds(objects, FOLDS).items() if fold == int(number)}
     sides: tuple[list[HouseholdObject], list[HouseholdObject]] = ([], [])
     for thing in objects:
-        sides[folds[thing.id] == int(number)].append(thing)
+        sides[thing.id in asked].append(thing)
     return sides

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 
-from pointalign.data.colors import dominant_colors
+from pointalign.data.colors import color_indices, count_colors
 from pointalign.data.household import LABELS_FILE
 from pointalign.data.household_phrases import (
     CATEGORY_QUESTIONS,
@@ -83,11 +83,12 @@ def describe(thing: Named) -> ObjectFacts:
     height = thing.points[:, 1]
     low, high = float(height.min()), float(height.max())
     upper, lower = None, None
-    colors = dominant_colors(thing.points[:, 3:])
+    named = color_indices(thing.points[:, 3:])
+    colors = count_colors(named)
     shape = proportions(np.ptp(thing.points[:, :3], axis=0))
     if len(colors) > 1 and not shape.startswith("flat"):
-        top = dominant_colors(thing.points[height >= high - (high - low) / 3, 3:])[0]
-        bottom = dominant_colors(thing.points[height <= low + (high - low) / 3, 3:])[0]
+        top = count_colors(named[height >= high - (high - low) / 3])[0]
+        bottom = count_colors(named[height <= low + (high - low) / 3])[0]
         if top.base != bottom.base and {top.name, bottom.name} <= {color.name for color in colors}:
             upper, lower = top.name, bottom.name
     return ObjectFacts(
@@ -134,8 +135,7 @@ def label_phrases() -> dict[str, str]:
 
 def reference_caption(thing: Named) -> str:
     """The caption a held-out object's answer is judged against: all its facts in fixed words."""
-    facts = describe(thing)
-    return f"{_what(facts, 0)} {_colors(facts, 0)} {PROPORTIONS[facts.shape][0]}"
+    return _reference(describe(thing))
 
 
 def build_instructions(objects: Iterable[Named]) -> list[dict[str, Any]]:
@@ -148,18 +148,7 @@ def build_instructions(objects: Iterable[Named]) -> list[dict[str, Any]]:
 
     Source: PointLLM (arXiv 2308.16911), section 3; its released instruction files.
     """
-    found: list[dict[str, Any]] = []
-    for thing in objects:
-        facts = describe(thing)
-        for k, questions in enumerate(SIMPLE_QUESTIONS):
-            question = _pick(questions, thing.id, f"simple question {k}")
-            found.append(_conversation(thing.id, "simple_description", [(question, _brief(facts, thing.id, k))]))
-        question = _pick(DETAILED_QUESTIONS, thing.id, "detailed question")
-        found.append(_conversation(thing.id, "detailed_description", [(question, _detailed(facts, thing.id))]))
-        rounds = _rounds(facts, thing.id)
-        found += [_conversation(thing.id, "single_round", [turn]) for turn in rounds[1:]]
-        found.append(_conversation(thing.id, "multi_round", rounds))
-    return found
+    return [item for thing in objects for item in _instructions(thing.id, describe(thing))]
 
 
 def build_captions(objects: Iterable[Named]) -> list[dict[str, Any]]:
@@ -170,9 +159,34 @@ def build_captions(objects: Iterable[Named]) -> list[dict[str, Any]]:
 
     Source: PointLLM (arXiv 2308.16911), section 3: brief descriptions are Cap3D's captions.
     """
-    return [
-        _conversation(thing.id, "caption", [(DETAILED_QUESTIONS[0], reference_caption(thing))]) for thing in objects
-    ]
+    return [_caption(thing.id, describe(thing)) for thing in objects]
+
+
+def build_conversations(objects: Iterable[Named]) -> list[dict[str, Any]]:
+    """`build_instructions` and then `build_captions`, each object's facts gathered once."""
+    gathered = [(thing.id, describe(thing)) for thing in objects]
+    instructions = [item for object_id, facts in gathered for item in _instructions(object_id, facts)]
+    return [*instructions, *(_caption(object_id, facts) for object_id, facts in gathered)]
+
+
+def _instructions(object_id: str, facts: ObjectFacts) -> Iterator[dict[str, Any]]:
+    for k, questions in enumerate(SIMPLE_QUESTIONS):
+        question = _pick(questions, object_id, f"simple question {k}")
+        yield _conversation(object_id, "simple_description", [(question, _brief(facts, object_id, k))])
+    question = _pick(DETAILED_QUESTIONS, object_id, "detailed question")
+    yield _conversation(object_id, "detailed_description", [(question, _detailed(facts, object_id))])
+    rounds = _rounds(facts, object_id)
+    for turn in rounds[1:]:
+        yield _conversation(object_id, "single_round", [turn])
+    yield _conversation(object_id, "multi_round", rounds)
+
+
+def _caption(object_id: str, facts: ObjectFacts) -> dict[str, Any]:
+    return _conversation(object_id, "caption", [(DETAILED_QUESTIONS[0], _reference(facts))])
+
+
+def _reference(facts: ObjectFacts) -> str:
+    return f"{_what(facts, 0)} {_colors(facts, 0)} {PROPORTIONS[facts.shape][0]}"
 
 
 def _brief(facts: ObjectFacts, seed: str, k: int) -> str:

@@ -21,7 +21,7 @@ from pointalign.data.conversations import (
 from pointalign.data.extra import load_extra
 from pointalign.data.household import HOUSEHOLD_FILE, MISSING_COLOR, CatalogObject
 from pointalign.data.household_split import household_sides
-from pointalign.data.household_text import build_captions, build_instructions
+from pointalign.data.household_text import build_conversations
 from pointalign.data.objaverse import BROKEN_OBJECTS, VAL_3000_FILE, NumpyClouds
 from pointalign.data.packed import INDEX_FILE, JOURNAL_FILE, PackedClouds
 from pointalign.errors import ConfigError, DataError
@@ -152,7 +152,7 @@ def open_training_data(settings: DataSettings, folder: Path | None = None) -> tu
         extra = Path(settings.extra) if settings.extra else None
         objects = [*household_sides(settings.held_out)[0], *(load_extra(extra) if extra else ())]
         clouds: PointCloudSource = HouseholdClouds(objects, extra)
-        conversations = read_conversations([*build_instructions(objects), *build_captions(objects)])
+        conversations = read_conversations(build_conversations(objects))
     else:
         if not settings.instructions:
             raise ConfigError("data.source is a folder, so data.instructions must name PointLLM-format JSON files")
