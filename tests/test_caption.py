@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from commands import Command
 from pointalign.answering.loading import load_answerer
 from pointalign.cli import main
 from pointalign.options import Decoding
@@ -198,8 +198,8 @@ def test_drawn_captions_are_repeated_by_their_seed(folder: Path, capsys: pytest.
 
 
 def test_standard_input_is_read_here_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with started("caption", "-", "--workers", "1", *SHORT, stdin=subprocess.PIPE) as process:
-        told, _ = process.communicate((folder / "things" / "1.npy").read_bytes(), timeout=120)
+    process = Command("caption", "-", "--workers", "1", *SHORT, stdin=(folder / "things" / "1.npy").read_bytes())
+    told, _ = process.communicate(timeout=120)
     assert "caption" in json.loads(told.splitlines()[0])
     status, _, err = run(capsys, "caption", "-", "--engine", "ray")
     assert status == 1
@@ -223,17 +223,7 @@ def test_standard_input_is_never_taken_for_an_earlier_one(
     assert last.startswith("pointalign: out.jsonl has a line about standard input already")
 
 
-def started(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pointalign", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
-
-
-def wait_for_lines(path: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for_lines(path: Path, count: int, process: Command) -> None:
     deadline = time.monotonic() + 120
     while not path.is_file() or path.read_bytes().count(b"\n") < count:
         assert process.poll() is None, process.communicate()
@@ -260,7 +250,7 @@ def test_killed_at_any_moment_and_run_again_every_input_has_one_line(
         np.save(f"things/{number}.npy", np.random.default_rng(number).random((60, 6)))
     command = ("caption", "things", "--out", "out.jsonl", "--batch-size", "1", "--max-new-tokens", "60")
     before = readers()
-    process = started(*command, "--workers", "2")
+    process = Command(*command, "--workers", "2")
     wait_for_lines(folder / "out.jsonl", 4, process)
     process.kill()
     process.communicate()
@@ -279,30 +269,29 @@ def test_killed_at_any_moment_and_run_again_every_input_has_one_line(
 def test_ctrl_c_leaves_whole_lines_and_says_how_to_go_on(folder: Path) -> None:
     for number in range(5, 40):
         np.save(f"things/{number}.npy", np.random.default_rng(number).random((60, 6)))
-    process = started(
+    process = Command(
         "caption", "things", "--out", "out.jsonl", "--batch-size", "1", "--max-new-tokens", "60", "--workers", "2"
     )
     wait_for_lines(folder / "out.jsonl", 4, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert out == b""
-    assert f"stopped; {len(rows())} objects are in out.jsonl, the same command goes on from there" in err.decode()
-    assert err.decode().splitlines()[-1] == "pointalign: interrupted"
-    assert "Traceback" not in err.decode()
+    assert out == ""
+    assert f"stopped; {len(rows())} objects are in out.jsonl, the same command goes on from there" in err
+    assert err.splitlines()[-1] == "pointalign: interrupted"
+    assert "Traceback" not in err
     assert Path("out.jsonl").read_bytes().endswith(b"\n")
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_whole_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The limit on a file's size stands for the full disk."""
     command = ("caption", "things", "--out", "out.jsonl", "--batch-size", "2", *SHORT)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (420, 420))  # noqa: E731
-    process = started(*command, preexec_fn=limit)
+    process = Command(*command, largest_file=420)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    last = err.decode().splitlines()[-1]
+    last = err.splitlines()[-1]
     assert last.startswith("pointalign: cannot write out.jsonl: File too large; free some space or name another --out")
-    assert "Traceback" not in err.decode()
+    assert "Traceback" not in err
     kept = rows()
     assert 0 < len(kept) < 8
     run(capsys, *command)
@@ -311,11 +300,9 @@ def test_a_full_disk_ends_in_one_line_and_keeps_whole_lines(folder: Path, capsys
 
 
 def test_who_reads_standard_output_no_longer_gets_one_line(folder: Path) -> None:
-    process = started("caption", "things", "--out", "-", "--batch-size", "1", *SHORT)
-    assert process.stdout is not None
+    process = Command("caption", "things", "--out", "-", "--batch-size", "1", *SHORT)
     assert b'"path"' in process.stdout.readline()
     process.stdout.close()
-    assert process.stderr is not None
     err = process.stderr.read().decode()
     assert process.wait(timeout=60) == 1
     assert err.splitlines()[-1] == "pointalign: standard output was closed; give --out FILE to keep the lines"

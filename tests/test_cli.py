@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import yaml
 
 import pointalign
 import pointalign.errors
+from commands import Command
 from pointalign.cli import DATA_VERBS, _parse, main
 from pointalign.config import load_recipe, recipe_names
 
@@ -257,17 +257,15 @@ def test_a_full_disk_ends_in_one_line(world: dict[str, Path], tmp_path: Path, li
     for name in names:  # so that their features take more room than the recipe
         np.save(world["clouds"] / f"{name}_8192.npy", np.random.default_rng(0).random((60, 6)))
     world["instructions.json"].write_text(json.dumps([{**ENTRY, "object_id": name} for name in names]))
-    done = subprocess.run(
-        [sys.executable, "-m", "pointalign", "train", str(world["recipe.yaml"]), "--out", str(world["out"])],
-        env={**os.environ, "POINTALIGN_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    process = Command(
+        *("train", str(world["recipe.yaml"]), "--out", str(world["out"])),
+        environment={"POINTALIGN_CACHE": str(tmp_path / "cache")},
+        largest_file=limit,
     )
-    assert done.returncode == 1, done.stderr[-2000:]
-    assert "free some space" in last_line(done.stderr)
-    assert "Traceback" not in done.stderr
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err[-2000:]
+    assert "free some space" in last_line(err)
+    assert "Traceback" not in err
     assert not (world["out"] / "model").exists()
     assert not list(tmp_path.rglob("*.tmp*"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarking import BENCHMARKS, load_script
-from pointalign.config import load_recipe
+from pointalign.config import Recipe, load_recipe
 from pointalign.data.household_split import household_sides
 
 
@@ -72,24 +73,30 @@ def test_the_command_trains_and_scores_every_point(
 ) -> None:
     """A step or two each, learnt from and scored on a few objects."""
     known, asked = household_sides("validation-0")
-    monkeypatch.setattr(script, "household_sides", lambda part: (known[:60], asked[:30]))
-    recipe = script.encoder_recipe
-    monkeypatch.setattr(script, "encoder_recipe", lambda part, share, *given: recipe(part, 0.05 * share, *given))
+    monkeypatch.setattr(script, "household_sides", lambda part: (known[:24], asked[:10]))
+    whole = script.encoder_recipe
+
+    def small(part: str, share: float, *given: Any) -> Recipe:
+        recipe = whole(part, 0.02 * share, *given)
+        recipe.data.sets = [replace(each, batch_size=6) for each in recipe.data.sets]
+        return recipe
+
+    monkeypatch.setattr(script, "encoder_recipe", small)
     extra = write_extra(tmp_path / "extra.parquet", ["chair", "lamp", "cup"] * 5)
     arguments = ["--extra", str(extra), "--out", str(tmp_path / "curve"), "--fractions", "1", "--widths", "96"]
     script.main([*arguments, "--steps", "1", "2", "--extra-steps", "1"])
     told = json.loads(capsys.readouterr().out)["points"]
     points = [tuple(point[name] for name in ("method", "objects", "extra", "width", "steps")) for point in told]
     assert points == [
-        ("encoder", 60, 0, 192, 1),
-        ("forest", 60, 0, None, None),
-        ("chamfer", 60, 0, None, None),
-        ("encoder", 60, 0, 192, 2),
-        ("encoder", 60, 0, 96, 1),
-        ("encoder", 60, 15, 192, 1),
+        ("encoder", 24, 0, 192, 1),
+        ("forest", 24, 0, None, None),
+        ("chamfer", 24, 0, None, None),
+        ("encoder", 24, 0, 192, 2),
+        ("encoder", 24, 0, 96, 1),
+        ("encoder", 24, 15, 192, 1),
     ]
     assert 3 < told[0]["parameters"] / told[4]["parameters"] < 4
-    assert {point["n"] for point in told} == {30}
+    assert {point["n"] for point in told} == {10}
     assert (tmp_path / "curve" / "curve.png").is_file()
 
 

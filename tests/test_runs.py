@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from commands import Command
 from pointalign.config import DataSet, ModelSettings, Recipe, check_numbers, from_dict, load_recipe, recipe_names
 from pointalign.errors import CheckpointError, ConfigError, DataError, PointAlignError
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
@@ -116,18 +117,11 @@ def write_recipe(recipe: Recipe, path: Path) -> Path:
     return path
 
 
-def start_command(arguments: list[str], cache: Path, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pointalign", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "POINTALIGN_CACHE": str(cache), "OMP_NUM_THREADS": "1", **environment},
-        start_new_session=True,
-    )
+def start_command(arguments: list[str], cache: Path, **environment: str) -> Command:
+    return Command(*arguments, environment={"POINTALIGN_CACHE": str(cache), **environment}, own_session=True)
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(condition: Any, process: Command, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > end:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pointalign.config import DataSet, DataSettings
-from pointalign.data.conversations import CONVERSATION_TYPES
+from pointalign.data.conversations import CONVERSATION_TYPES, keep_fraction
 from pointalign.data.household import MISSING_COLOR, load_household
 from pointalign.data.household_split import household_sides
 from pointalign.data.objaverse import BROKEN_OBJECTS, NumpyClouds
@@ -223,6 +223,13 @@ def test_a_fold_that_is_held_out_is_not_trained_on():
     _, conversations = open_training_data(DataSettings(held_out="fold-1"))
     assert held.isdisjoint(conversations.object_ids)
     assert len(set(conversations.object_ids)) == 820 - len(held)
+
+
+@pytest.mark.parametrize("kind", CONVERSATION_TYPES)
+def test_a_share_of_household_is_of_the_same_objects_for_every_type(kind):
+    settings = DataSettings(fraction=0.1, sets=[DataSet(types=[kind])])
+    _, conversations = open_training_data(settings)
+    assert set(conversations.object_ids) == keep_fraction((thing.id for thing in load_household("train")), 0.1)
 
 
 def test_clouds_with_and_without_their_size(world):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -18,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
+from commands import Command
+
 SECONDS = 120
 NEW_TOKENS = 24
 
@@ -26,7 +25,7 @@ NEW_TOKENS = 24
 class Served:
     """A running `pointalign demo`."""
 
-    process: subprocess.Popen[str]
+    process: Command
     address: str
     temporary: Path
     log: Path
@@ -41,12 +40,14 @@ def start_page(folder: Path, model: Path, *options: str) -> Served:
     """Start the command and wait until it says where the page is."""
     temporary, log = folder / "temporary", folder / "log.txt"
     temporary.mkdir(parents=True)
-    environment = {**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pointalign", "demo", "--model", str(model), "--device", "cpu", *options]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, text=True, env=environment, cwd=folder)
+    process = Command(
+        *("demo", "--model", str(model), "--device", "cpu", *options),
+        environment={"TMPDIR": str(temporary)},
+        folder=folder,
+        log=log,
+    )
     deadline = time.monotonic() + SECONDS
-    while "the page is at " not in log.read_text():
+    while not log.is_file() or "the page is at " not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)

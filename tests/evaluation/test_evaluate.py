@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import pytest
 
+from commands import Command
 from pointalign.cli import main
 from pointalign.errors import ConfigError, DataError
 from pointalign.evaluation import run as run_module
@@ -333,13 +334,11 @@ def test_where_results_go_when_nobody_says(tiny_model: Path) -> None:
 
 def test_a_killed_run_goes_on_and_equals_the_unbroken_one(tiny_model: Path, own: Path, tmp_path: Path) -> None:
     command = own_command(tiny_model, own, tmp_path / "killed", "--judge", "none", "--max-new-tokens", "250")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pointalign", *command], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = Command(*command, environment=ENVIRONMENT)
     ledger = tmp_path / "killed" / "own-classification" / "raw" / "answers-I.0.jsonl"
     deadline = time.monotonic() + 120
     while not (ledger.is_file() and ledger.read_bytes().count(b"\n")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[1].decode()[-2000:]
+        assert process.poll() is None, process.communicate()[1][-2000:]
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from commands import Command
 from pointalign.cli import main
 from pointalign.data.household import load_household
 from pointalign.data.household_split import household_sides
@@ -251,17 +249,11 @@ def test_held_out_loss_by_hand(way: str, start: Path, tmp_path: Path, monkeypatc
     assert held_out_loss(loaded, tmp_path / "loss", limit=3) == found
 
 
-def start_sweep(file: Path, out: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pointalign", "sweep", str(file), "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def start_sweep(file: Path, out: Path) -> Command:
+    return Command("sweep", str(file), "--out", str(out))
 
 
-def wait_for(file: Path, process: subprocess.Popen[str], seconds: float) -> None:
+def wait_for(file: Path, process: Command, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not file.is_file():
         assert process.poll() is None, process.communicate()

@@ -148,21 +148,24 @@ def open_training_data(settings: DataSettings, folder: Path | None = None) -> tu
     """
     if settings.extra is not None and settings.source != "household":
         raise ConfigError("data.extra joins household's objects; leave it out, or set data.source to household")
+    wanted = {kind for part in settings.sets for kind in part.types}
     if settings.source == "household":
         extra = Path(settings.extra) if settings.extra else None
         objects = [*household_sides(settings.held_out)[0], *(load_extra(extra) if extra else ())]
         clouds: PointCloudSource = HouseholdClouds(objects, extra)
-        conversations = read_conversations(build_conversations(objects))
+        # Each has conversations of all types, so only those that are kept need be written about.
+        kept = keep_fraction((thing.id for thing in objects), settings.fraction)
+        everything = read_conversations(build_conversations(thing for thing in objects if thing.id in kept))
+        conversations = everything.select(everything.of_types(wanted))
     else:
         if not settings.instructions:
             raise ConfigError("data.source is a folder, so data.instructions must name PointLLM-format JSON files")
         clouds = open_clouds(settings.source)
-        conversations = _without_broken(
+        everything = _without_broken(
             join_conversations([_without_held_out(read_conversations(path), path) for path in settings.instructions])
         )
-    wanted = {kind for part in settings.sets for kind in part.types}
-    conversations = conversations.select(conversations.of_types(wanted))
-    kept = keep_fraction(conversations.object_ids, settings.fraction)
+        conversations = everything.select(everything.of_types(wanted))
+        kept = keep_fraction(conversations.object_ids, settings.fraction)
     missing = sorted(object_id for object_id in kept if object_id not in clouds)
     _report_missing(missing, len(kept), settings, folder)
     return clouds, conversations.select(conversations.about(kept.difference(missing)))
