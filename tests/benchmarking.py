@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from commands import Command
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 def run_benchmark(name: str, *arguments: str) -> dict[str, Any]:
     """The last line of a benchmark at a tiny size."""
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / name), "--size", "tiny", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    process = Command("--size", "tiny", *arguments, script=BENCHMARKS / name)
+    told, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return json.loads(told.splitlines()[-1])
 
 
 def load_script(path: Path) -> ModuleType:

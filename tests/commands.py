@@ -1,4 +1,4 @@
-"""`pointalign` commands in processes of their own that begin at once.
+"""`pointalign` commands and scripts in processes of their own that begin at once.
 
 Importing torch and transformers takes most of a short command's time. Here one process imports what commands need and computes
 nothing; every command is a fork of it, with streams, environment, folder and session of its own, and runs and ends as
@@ -41,6 +41,7 @@ class Command:
 
     Args:
         arguments: after the command's name.
+        script: to run with these arguments in the command's place, as `python script` does.
         environment: beside the tests' own and one thread.
         folder: where it runs; where the tests do when None.
         stdin: what its standard input holds.
@@ -52,6 +53,7 @@ class Command:
     def __init__(
         self,
         *arguments: str,
+        script: Path | None = None,
         environment: dict[str, str] | None = None,
         folder: Path | None = None,
         stdin: bytes = b"",
@@ -62,7 +64,8 @@ class Command:
         (read_in, write_in), (read_out, write_out), (read_error, write_error) = os.pipe(), os.pipe(), os.pipe()
         self._ending, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = {
-            "arguments": ["pointalign", *arguments],
+            "arguments": [str(script or "pointalign"), *arguments],
+            "imports_from": str(script.parent) if script else "",
             "environment": {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             "folder": str(folder or Path.cwd()),
             "log": log and str(log.absolute()),
@@ -177,9 +180,12 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
         os.setsid()
     if (most := request["largest_file"]) is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    sys.argv = request["arguments"]
+    sys.argv, sys.path[0] = request["arguments"], request["imports_from"]
 
 
 if __name__ == "__main__":
     _serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_module("pointalign", run_name="__main__", alter_sys=True)
+    if sys.argv[0] == "pointalign":
+        runpy.run_module("pointalign", run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")

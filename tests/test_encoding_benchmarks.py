@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from benchmarking import BENCHMARKS, run_benchmark
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +14,7 @@ def benchmarks_on_the_path(monkeypatch):
 
 
 def test_encoding_by_both_procedures() -> None:
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "encode.py"), "--size", "tiny", "--rounds", "2"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = run_benchmark("encode.py", "--rounds", "2")
     assert told["tokens_apart"] < 1e-5
     for procedure in ("ours", "published"):
         assert told[procedure]["clouds_per_second"] > 0

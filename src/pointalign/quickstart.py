@@ -117,7 +117,7 @@ def run_quickstart(out: str | Path, fast: bool = False) -> dict[str, Any]:
     summaries = {}
     for name, recipe in recipes.items():
         summaries[name] = _train_arm(recipe, folder / name)
-    results = {name: evaluate_arm(folder / name, 6 if fast else None) for name in ARMS}
+    results = {name: evaluate_arm(folder / name, 4 if fast else None) for name in ARMS}
     difference = {}
     for metric in ("correct", "caption_similarity"):
         first, second = ([float(row[metric]) for row in results[name]["objects"]] for name in ARMS)
