@@ -13,7 +13,7 @@ test: $(STAMP)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/pyright
-	OMP_NUM_THREADS=1 $(RUN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The page in a real browser; `make test` runs these too where Chromium is.
 test-browser: $(STAMP)

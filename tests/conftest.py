@@ -44,6 +44,26 @@ CHATML = (
 )
 
 
+# Files whose tests take longest: begun first, so that no process is left alone with one of them at the end.
+LONGEST = (
+    "test_runs.py",
+    "test_recipes.py",
+    "test_answering_benchmarks.py",
+    "test_quickstart.py",
+    "test_processes.py",
+    "test_sweep.py",
+    "test_training_benchmarks.py",
+    "test_evaluate.py",
+    "test_caption.py",
+    "test_household_curve.py",
+    "test_encoding_benchmarks.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def make_tokenizer(special_tokens: list[str] = SPECIAL_TOKENS, chat_template: str | None = CHATML) -> Any:
     """A tokenizer with one token per byte, then the special tokens; `<|im_end|>` ends a turn."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from commands import Command
 from pointalign.answering.answerer import Answerer
 from pointalign.chat import Talk, harmless, wrapped
 from pointalign.errors import ConfigError, DataError
@@ -153,20 +154,17 @@ def test_words_come_as_soon_as_they_are_whole() -> None:
 # In a process of its own.
 
 
-def command(file: str, tiny_model: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "pointalign", "chat", file, "--model", str(tiny_model), "--device", "cpu", *options]
+def arguments(file: str, tiny_model: Path, *options: str) -> list[str]:
+    return ["chat", file, "--model", str(tiny_model), "--device", "cpu", *options]
 
 
 def test_questions_in_and_answers_out(files: list[str], tiny_model: Path) -> None:
-    done = subprocess.run(
-        command(files[0], tiny_model, "--max-new-tokens", "8", "--dtype", "float32"),
-        input=f"What is this?\nAnd its colour?\n/load {files[1]}\nWhat is this?\n",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
+    process = Command(
+        *arguments(files[0], tiny_model, "--max-new-tokens", "8", "--dtype", "float32"),
+        stdin=f"What is this?\nAnd its colour?\n/load {files[1]}\nWhat is this?\n".encode(),
     )
+    told, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
     from pointalign.answering.conversation import Conversation
     from pointalign.answering.loading import load_answerer
     from pointalign.data.files import load_point_cloud
@@ -175,9 +173,9 @@ def test_questions_in_and_answers_out(files: list[str], tiny_model: Path) -> Non
     for file, questions in ((files[0], ("What is this?", "And its colour?")), (files[1], ("What is this?",))):
         conversation = Conversation(load_answerer(tiny_model, "cpu", "float32"), load_point_cloud(file, 48), SHORT)
         expected += [harmless("".join(conversation.ask(question))) for question in questions]
-    assert done.stdout == "".join(f"{answer}\n" for answer in expected)
-    assert "\x1b" not in done.stdout + done.stderr
-    assert "million weights" in done.stderr
+    assert told == "".join(f"{answer}\n" for answer in expected)
+    assert "\x1b" not in told + said
+    assert "million weights" in said
 
 
 class Terminal:
@@ -215,7 +213,7 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(
     shutil.copytree(tiny_model, endless)
     settings = json.loads((endless / "generation_config.json").read_text())
     (endless / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": -1}))
-    terminal = Terminal(command(files[0], endless, "--max-new-tokens", "450"))
+    terminal = Terminal([sys.executable, "-m", "pointalign", *arguments(files[0], endless, "--max-new-tokens", "450")])
     try:
         terminal.wait_for("/help shows the commands")
         terminal.wait_for("> ")
