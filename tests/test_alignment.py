@@ -91,6 +91,8 @@ def test_wrong_number_of_targets_and_unknown_loss():
     mask = torch.tensor([[True, True, False]])
     with pytest.raises(DataError, match=r"^3 alignment targets for 2 point tokens; [^\n]+$"):
         alignment_loss(torch.zeros(1, 3, 4), torch.zeros(3, 1, 4), mask)
+    with pytest.raises(DataError, match=r"^alignment targets are 1 wide and projected point tokens 4; [^\n]+$"):
+        alignment_loss(torch.zeros(1, 3, 4), torch.zeros(2, 1), mask)
     with pytest.raises(ConfigError, match="'l3'; choose cosine, l1 or l2"):
         alignment_loss(torch.zeros(1, 3, 4), torch.zeros(2, 4), mask, "l3")
 
@@ -527,7 +529,7 @@ def test_exceptions_propagate_and_the_next_pass_is_clean():
         model(**batch, alignment_mask=mask, alignment_target=target.flatten(0, 1)[:7])
     with pytest.raises(ZeroDivisionError):
         model(**batch, alignment_mask=mask, alignment_target=lambda output: 1 / 0)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(DataError, match="alignment targets are 11 wide and projected point tokens 10"):
         model(**batch, alignment_mask=mask, alignment_target=torch.randn(2, IMAGE_TOKENS, 11))
     with pytest.raises(DataError, match="belong together"):
         model(**batch, alignment_mask=mask)

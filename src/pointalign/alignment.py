@@ -34,6 +34,19 @@ def _token_losses(projected: Tensor, target: Tensor, kind: AlignmentLoss) -> Ten
     raise ConfigError(f"unknown alignment loss {kind!r}; choose cosine, l1 or l2")
 
 
+def _check_match(projected: Tensor, target: Tensor) -> None:
+    """See that rows (T, D) have targets of their number and width; one value would be spread over a row otherwise."""
+    if len(projected) != len(target):
+        raise DataError(
+            f"{len(target)} alignment targets for {len(projected)} point tokens; the mask and target must match"
+        )
+    if projected.shape[-1] != target.shape[-1]:
+        raise DataError(
+            f"alignment targets are {target.shape[-1]} wide and projected point tokens {projected.shape[-1]}; give the "
+            "regulariser (or projector) the targets' width"
+        )
+
+
 def _select_target(target: Tensor, mask: Tensor) -> Tensor:
     """Rows of the target, one per true position of the mask, in the mask's order; with positions it has no other rows."""
     if mask.dtype == torch.bool and target.shape[:-1] == mask.shape:
@@ -62,16 +75,13 @@ def alignment_loss(projected: Tensor, target: Tensor, mask: Tensor, kind: Alignm
         A scalar in float32. Without any true position it is exactly zero and still back-propagates.
 
     Raises:
-        DataError: when the number of targets is not the number of true positions.
+        DataError: when the targets are not as many as the true positions, or not as wide.
 
     Source: PointAlign (arXiv 2603.00412), alignment loss: L_align = mean(1 - cos(g(h), q)).
     """
     mask = mask.bool()
     rows, targets = projected[mask], _select_target(target, mask)
-    if len(rows) != len(targets):
-        raise DataError(
-            f"{len(targets)} alignment targets for {len(rows)} point tokens; the mask and target must match"
-        )
+    _check_match(rows, targets)
     losses = _token_losses(rows, targets, kind)
     return losses.mean() if len(rows) else projected.sum() * 0.0
 
@@ -321,11 +331,8 @@ class AlignmentRegularizer(nn.Module):
 
     def _layer_total(self, layer: int, hidden: Tensor, mask: Tensor, target: Tensor) -> Tensor:
         rows = _select_hidden(hidden, mask)
-        if len(rows) != len(target):
-            raise DataError(
-                f"{len(target)} alignment targets for {len(rows)} point tokens; the mask and target must match"
-            )
         projector = self.projectors[str(layer)]
         weight = next(projector.parameters())
         projected = projector(rows.to(weight.dtype))
+        _check_match(projected, target)
         return _token_losses(projected, target.to(weight.device), self.loss).sum()

@@ -677,6 +677,17 @@ def test_broken_config(model, tmp_path):
     assert one_line(error)
 
 
+@pytest.mark.parametrize("by_reference", [False, True])
+def test_a_generation_config_that_is_cut_short(model, tmp_path, by_reference):
+    if by_reference:
+        save_base(model, tmp_path / "base")
+    model.save_pretrained(tmp_path / "m")
+    truncate(tmp_path / "m" / "generation_config.json")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json.*copy the checkpoint again") as error:
+        PointAlignForConditionalGeneration.from_pretrained(tmp_path / "m")
+    assert one_line(error)
+
+
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
 @pytest.mark.parametrize("share", [0.5, None])
 def test_truncated_or_missing_adapter_file(model, tmp_path, file, share):

@@ -383,6 +383,25 @@ def test_a_folder_without_a_processor(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "share"),
+    [
+        ("tokenizer.json", 0.5),
+        ("processor_config.json", 0.5),
+        ("chat_template.jinja", 0.5),
+        ("chat_template.jinja", 0.0),
+    ],
+)
+def test_a_processor_that_is_cut_short(processor, tmp_path, file, share):
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(CheckpointError, match="again") as error:
+        load_processor(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 def test_a_tokenizer_without_the_point_token_is_refused(build_tokenizer):
     with pytest.raises(ConfigError, match=r"does not know the point token '<point>'"):
         PointAlignProcessor(build_tokenizer(special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"]))

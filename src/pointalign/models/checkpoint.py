@@ -253,8 +253,13 @@ def load_own_weights(
         weights = shared_folder(folder) / WEIGHTS_FILE
         load_into(model, load_weights_file(weights), weights, ignore="language_model.")
         config.shared_with = None
-        if (folder / "generation_config.json").is_file():
+    if (folder / "generation_config.json").is_file():
+        try:  # also where transformers has read it: a broken one it would replace by its own without a word
             model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot read {folder / 'generation_config.json'}: {str(error).splitlines()[0]}; copy the checkpoint again"
+            ) from error
     for part in ADAPTED_PARTS:
         path = folder / adapter_folder(part)
         if path.is_dir() and not (merged and _folded(model, part, path)):

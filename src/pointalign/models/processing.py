@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
@@ -314,12 +315,17 @@ def load_processor(name: str) -> PointAlignProcessor:
     Raises:
         CheckpointError: when it is missing or broken.
     """
+    question = "What is this?"
     try:
-        return PointAlignProcessor.from_pretrained(find_checkpoint(name))
-    except (OSError, ValueError) as error:
+        processor = PointAlignProcessor.from_pretrained(find_checkpoint(name))
+        prompt = "".join(part.text for part in processor.render([{"role": "user", "content": question}], True))
+    except (OSError, ValueError, TemplateError) as error:
         raise CheckpointError(
             f"cannot load the processor of {name}: {str(error).splitlines()[0]}; copy it again"
         ) from error
+    if question not in prompt:
+        raise CheckpointError(f"the chat template of {name} leaves out what is asked; copy its processor again")
+    return processor
 
 
 AutoProcessor.register(PointAlignConfig, PointAlignProcessor, exist_ok=True)
