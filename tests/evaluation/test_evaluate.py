@@ -334,7 +334,7 @@ def test_where_results_go_when_nobody_says(tiny_model: Path) -> None:
 
 def test_a_killed_run_goes_on_and_equals_the_unbroken_one(tiny_model: Path, own: Path, tmp_path: Path) -> None:
     command = own_command(tiny_model, own, tmp_path / "killed", "--judge", "none", "--max-new-tokens", "250")
-    process = Command(*command, environment=ENVIRONMENT)
+    process = Command(*command)
     ledger = tmp_path / "killed" / "own-classification" / "raw" / "answers-I.0.jsonl"
     deadline = time.monotonic() + 120
     while not (ledger.is_file() and ledger.read_bytes().count(b"\n")) and time.monotonic() < deadline:
