@@ -18,6 +18,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+import weakref
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -78,6 +81,8 @@ class Command:
             os.close(descriptor)
         self.stdout: IO[bytes] = os.fdopen(read_out, "rb")
         self.stderr: IO[bytes] = os.fdopen(read_error, "rb")
+        weakref.finalize(self, _close, self.stdout, self.stderr, self._ending)
+        self._log = log
         self.returncode: int | None = None
         self.pid = int(self._ending.recv(16))
         with os.fdopen(write_in, "wb") as file:
@@ -87,7 +92,6 @@ class Command:
         """How it ended, negative for the signal that ended it; None where it has not within so many seconds, None for ever."""
         if self.returncode is None and select.select([self._ending], [], [], seconds)[0]:
             self.returncode = int(self._ending.recv(16))
-            self._ending.close()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -106,6 +110,14 @@ class Command:
         self.wait(timeout)
         return told.decode(), errors[0].decode()
 
+    def until(self, condition: Callable[[], object], seconds: float = 120) -> None:
+        """Wait for what it brings about while it runs; fails where it ends before, or takes longer."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.poll() is None, self._log.read_text() if self._log else self.communicate()
+            assert time.monotonic() < deadline, f"not within {seconds} seconds"
+            time.sleep(0.002)
+
     def send_signal(self, number: int) -> None:
         """Send it a signal."""
         os.kill(self.pid, number)
@@ -113,6 +125,11 @@ class Command:
     def kill(self) -> None:
         """End it as `kill -9` does."""
         self.send_signal(signal.SIGKILL)
+
+
+def _close(*files: IO[bytes] | socket.socket) -> None:
+    for file in files:
+        file.close()
 
 
 @cache

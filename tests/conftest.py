@@ -18,7 +18,7 @@ import torch
 from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging as transformers_logging
 
 from pointalign.models.language_model import EMBEDDED, resolve_language_model
@@ -62,6 +62,12 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test and its fixtures draw is the same whatever ran before."""
+    set_seed(0)
 
 
 def make_tokenizer(special_tokens: list[str] = SPECIAL_TOKENS, chat_template: str | None = CHATML) -> Any:

@@ -98,7 +98,8 @@ def test_the_verb(
     assert result["points"] == 100
     assert result["colored"] is False
     assert "z was up: turned so that y is" in result["notes"]
-    assert Image.open(tmp_path / "a.png").size[0] > 1000
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size[0] > 1000
     with pytest.raises(SystemExit) as ended:
         main(["render", str(tmp_path / "none.npy"), "--out", str(tmp_path / "b.png")])
     assert ended.value.code == 1

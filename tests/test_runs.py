@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from functools import reduce
@@ -121,14 +120,6 @@ def start_command(arguments: list[str], cache: Path, **environment: str) -> Comm
     return Command(*arguments, environment={"POINTALIGN_CACHE": str(cache), **environment}, own_session=True)
 
 
-def wait_for(condition: Any, process: Command, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None or time.monotonic() > end:
-            pytest.fail(f"the run ended too early: {process.communicate()}")
-        time.sleep(0.002)
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
@@ -182,7 +173,7 @@ def test_killed_and_resumed_equals_unbroken(
     run, recipe = tmp_path / "killed", write_recipe(tiny_recipe(start), tmp_path / "recipe.yaml")
     process = start_command(["train", str(recipe), "--out", str(run)], cache)
     checkpoint = run / "checkpoints" / "checkpoint-3" / "trainer_state.json"
-    wait_for(checkpoint.is_file if checkpoint_first else (run / "recipe.yaml").is_file, process)
+    process.until(checkpoint.is_file if checkpoint_first else (run / "recipe.yaml").is_file)
     process.kill()
     process.wait()
     assert not (run / "model").exists()
@@ -201,7 +192,7 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on_from_it(
 ) -> None:
     run, recipe = tmp_path / "stopped", write_recipe(tiny_recipe(start), tmp_path / "recipe.yaml")
     process = start_command(["train", str(recipe), "--out", str(run)], cache)
-    wait_for(lambda: len(RunFolder(run).metrics()) >= 1, process)
+    process.until(lambda: len(RunFolder(run).metrics()) >= 1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
@@ -224,7 +215,7 @@ def test_a_signal_to_all_processes_of_a_run_stops_it_with_a_checkpoint(
     process = start_command(
         ["train", str(write_recipe(recipe, tmp_path / "r.yaml")), "--out", str(tmp_path / "run")], cache
     )
-    wait_for(lambda: len(RunFolder(tmp_path / "run").metrics()) >= 1, process)
+    process.until(lambda: len(RunFolder(tmp_path / "run").metrics()) >= 1)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
@@ -487,7 +478,7 @@ def test_the_encoder_stage_trains_resumes_and_feeds_a_model(start: Path, tmp_pat
     assert summary["word_loss"] > 0
     path = write_recipe(recipe, tmp_path / "encoder.yaml")
     process = start_command(["train", str(path), "--out", str(tmp_path / "killed")], cache)
-    wait_for((tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json").is_file, process)
+    process.until((tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json").is_file)
     process.kill()
     process.wait()
     train(recipe, tmp_path / "killed", resume=True)

@@ -12,6 +12,8 @@ import pytest
 from pointalign.answering.lines import LinesFile, json_line
 from pointalign.errors import DataError
 
+# A file that is refused is closed again.
+pytestmark = pytest.mark.filterwarnings("error")
 SETTINGS = {"model": "abc", "question": "What is this?"}
 
 

@@ -17,6 +17,8 @@ from pointalign.answering.reading import TimedReader, read_clouds, reading_proce
 from pointalign.data.files import PointCloud
 from pointalign.errors import DataError
 
+# What leads to a process that ended, and the process, are let go.
+pytestmark = pytest.mark.filterwarnings("error")
 OPTIONS = {"n_points": 40}
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds child processes through /proc")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -46,11 +45,7 @@ def start_page(folder: Path, model: Path, *options: str) -> Served:
         folder=folder,
         log=log,
     )
-    deadline = time.monotonic() + SECONDS
-    while not log.is_file() or "the page is at " not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
+    process.until(lambda: log.is_file() and "the page is at " in log.read_text(), SECONDS)
     address = log.read_text().partition("the page is at ")[2].split()[0].rstrip("/")
     return Served(process, address, temporary, log)
 

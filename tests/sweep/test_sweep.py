@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -253,14 +252,6 @@ def start_sweep(file: Path, out: Path) -> Command:
     return Command("sweep", str(file), "--out", str(out))
 
 
-def wait_for(file: Path, process: Command, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not file.is_file():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def test_a_sweep_stopped_by_ctrl_c_goes_on_and_repeats_nothing(
     start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,7 +262,7 @@ def test_a_sweep_stopped_by_ctrl_c_goes_on_and_repeats_nothing(
     file.write_text(yaml.safe_dump(slow, sort_keys=False))
     process = start_sweep(file, out)
     metrics = out / "plain" / "seed-0" / "metrics.jsonl"
-    wait_for(metrics, process, 120)
+    process.until(metrics.is_file)
     process.send_signal(signal.SIGINT)
     printed, said = process.communicate(timeout=120)
     assert (process.returncode, printed) == (130, ""), said
@@ -318,7 +309,7 @@ def test_processes_share_a_sweep(start: Path, tmp_path: Path, monkeypatch: pytes
     lock = lock_of(out / "plain" / "seed-0")
     lock.acquire()
     process = start_sweep(file, out)
-    wait_for(out / "results.json", process, 200)
+    process.until((out / "results.json").is_file, 200)
     assert not (out / "plain").exists()
     assert json.loads((out / "results.json").read_text())["missing"] == ["plain, seed 0"]
     lock.release()

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,20 +98,20 @@ class LinesFile:
         self.path = path
         self.settings_file = path.with_name(path.name + ".settings.json")
         self._lock = taken_lock(self.path).lock
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b", buffering=0)
-            self._check_settings(json.loads(json.dumps(settings)))
-            self._drop_unfinished_line()
-            self.done = dict(self._read())
-            if retry_errors and any(self.done.values()):
-                self._drop_errors()
-        except OSError as error:
-            self._lock.release()
-            raise self._unwritable(error) from error
-        except BaseException:
-            self._lock.release()
-            raise
+        with ExitStack() as undo:
+            undo.callback(self._lock.release)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("a+b", buffering=0)
+                undo.callback(lambda: self._file.close())
+                self._check_settings(json.loads(json.dumps(settings)))
+                self._drop_unfinished_line()
+                self.done = dict(self._read())
+                if retry_errors and any(self.done.values()):
+                    self._drop_errors()
+            except OSError as error:
+                raise self._unwritable(error) from error
+            undo.pop_all()
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         is_new = self._file.seek(0, os.SEEK_END) == 0

@@ -180,7 +180,8 @@ class TimedReader:
                 timer.start()
                 return _asked(process, path, options)
             except (OSError, EOFError, ValueError):
-                told = f"reading it took more than {self.seconds:g} seconds" if late.is_set() else _ending(process)
+                ended = _ending(process)
+                told = f"reading it took more than {self.seconds:g} seconds" if late.is_set() else ended
                 self._process, self._is_up = start_reader(self.folder), False
                 return DataError(f"{path}: {told}; make the file smaller or convert it to another format")
             finally:
@@ -224,6 +225,7 @@ def _asked(process: subprocess.Popen[bytes], path: str, options: Mapping[str, An
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:
-    status = process.wait()
+    process.communicate()  # waits for its end, and closes the ways to it
+    status = process.returncode
     how = f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
     return f"the process that read it ended with {how}"

@@ -380,8 +380,11 @@ def test_errors_say_what_and_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "broken.glb").write_bytes(b"glTF but not really")
     with pytest.raises(DataError, match=r"broken\.glb is no binary glTF 2"):
         load_point_cloud(tmp_path / "broken.glb")
-    with pytest.raises(DataError, match=r"cannot read x\.off: .*; the file is broken or cut short"):
-        read_mesh(open(tmp_path / "broken.glb", "rb"), "off", None, "x.off")  # noqa: SIM115
+    with (
+        open(tmp_path / "broken.glb", "rb") as file,
+        pytest.raises(DataError, match=r"cannot read x\.off: .*; the file is broken or cut short"),
+    ):
+        read_mesh(file, "off", None, "x.off")
     (tmp_path / "a.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n")
     with pytest.raises(DataError, match="has a face with vertex 8, and 3 vertices"):
         load_point_cloud(tmp_path / "a.obj")
