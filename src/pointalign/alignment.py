@@ -251,10 +251,12 @@ class AlignmentRegularizer(nn.Module):
             layers_module: the decoder's blocks, when `find_decoder_layers` cannot find them.
 
         Raises:
-            ConfigError: when already attached, or when a layer does not exist.
+            ConfigError: when already attached, or the model has another one, or when a layer does not exist.
         """
         if self._handles:
             raise ConfigError("this regulariser is attached already; call detach() first")
+        if hasattr(model, "alignment_regularizer"):
+            raise ConfigError("the model has a regulariser already; call its alignment_regularizer.detach() first")
         blocks = layers_module if layers_module is not None else find_decoder_layers(model)
         check_layers(self.layers, len(blocks))
         self._handles = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_TOKENS = 128
 JudgeName = Literal["match", "embedding", "llm", "hf"]
 
 
@@ -20,7 +21,7 @@ class JudgeSettings:
     """llm: better set $OPENAI_API_KEY, which no list of processes shows; local servers need none."""
     judge_prompt: str | None = None
     """llm, hf: a file with your own prompt, or a folder with TASK.txt for several tasks; see docs/judging.md."""
-    judge_max_tokens: int = 128
+    judge_max_tokens: int = MAX_TOKENS
     """llm, hf: longest reply in tokens; 0 leaves it to the endpoint."""
     judge_extra: str | None = None
     """llm: a JSON object that is added to each request, for what one endpoint needs and others do not know."""

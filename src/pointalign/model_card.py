@@ -283,7 +283,7 @@ def _household(recipes: Sequence[Recipe]) -> list[str]:
         ]
     return [
         *lines,
-        "* The conversations about these were written by rules from names, labels, colours and sizes; no other model wrote them.",
+        "* The conversations about these were written by rules from names, labels, colours and sizes; no model wrote them.",
     ]
 
 

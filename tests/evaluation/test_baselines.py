@@ -121,6 +121,11 @@ def test_a_baseline_is_evaluated_and_compared_like_a_model(
         thing.label == "chair" for thing in load_household("test")[:6]
     ]
     assert {row["model_output"] for row in result["objects"]} == {"This is a chair."}
+    more = [*classes[:-1], "8", "--out", str(tmp_path / "most-frequent")]
+    status, out, err = run(capsys, "--model", "baseline:most-frequent", *more)
+    assert status == 0, err
+    assert json.loads(out.splitlines()[-1])["n"] == 8
+    assert run(capsys, "--model", "baseline:most-frequent", *classes, "--out", str(tmp_path / "most-frequent"))[0] == 0
     monkeypatch.setitem(baselines.BASELINES, "forest", lambda *given: pytest.fail("predicted again"))
     status, *_ = run(capsys, "--model", "baseline:forest", *classes, "--out", str(tmp_path / "forest"))
     assert status == 0

@@ -85,15 +85,47 @@ def test_objects_that_could_not_be_judged_are_left_out(result_file: WriteResult,
         compare([result_file("c", [None])], [result_file("d", [True])], tmp_path / "none")
 
 
-def test_several_questions_are_compared_together_and_each(result_file: WriteResult, tmp_path: Path) -> None:
-    def both(name: str, instructed: list[bool], completed: list[bool]) -> Path:
-        values = json.loads(result_file(f"{name}-I", instructed).read_text())
-        more = json.loads(result_file(f"{name}-C", completed).read_text())["objects"]
-        questions = {"I": {"prompt": "What is this?"}, "C": {"prompt": "This is an object of "}}
-        rows = values["objects"] + [{**row, "question": "C"} for row in more]
-        return result_file(name, [], questions=questions, objects=rows)
+def both_questions(
+    result_file: WriteResult, name: str, instructed: list[bool | None], completed: list[bool | None]
+) -> Path:
+    values = json.loads(result_file(f"{name}-I", instructed).read_text())
+    more = json.loads(result_file(f"{name}-C", completed).read_text())["objects"]
+    questions = {"I": {"prompt": "What is this?"}, "C": {"prompt": "This is an object of "}}
+    rows = values["objects"] + [{**row, "question": "C"} for row in more]
+    return result_file(name, [], questions=questions, objects=rows)
 
-    paths = both("a", [True, False], [False, False]), both("b", [True, True], [True, False])
+
+def test_an_answer_that_counts_on_one_side_counts_on_neither(result_file: WriteResult, tmp_path: Path) -> None:
+    """Both models are right by the first question and wrong by the second, whose reply about one object was unreadable."""
+    first = both_questions(result_file, "a", [True] * 3, [False] * 3)
+    second = both_questions(result_file, "b", [True] * 3, [False, None, False])
+    result = compare([first], [second], tmp_path / "out")
+    assert (result["difference"], result["n"], result["left_out"]) == (0.0, 3, 1)
+    assert result["inside_noise"]
+    assert not json.loads((tmp_path / "out" / "results.json").read_text())["disagreements"]
+
+
+def test_other_classes_do_not_compare(result_file: WriteResult, tmp_path: Path) -> None:
+    few = result_file("a", FIRST, labels=["chair", "lamp"])
+    many = result_file("b", SECOND, labels=["chair", "lamp", "vase"])
+    with pytest.raises(DataError, match=r"chose among different classes \(2 and 3\)"):
+        compare([few], [many], tmp_path / "out")
+    compare([few], [result_file("of before", SECOND)], tmp_path / "out")
+
+
+def test_a_comparison_takes_no_results_place(result_file: WriteResult, tmp_path: Path) -> None:
+    first, second = result_file("a", FIRST), result_file("b", SECOND)
+    before = first.read_text()
+    with pytest.raises(DataError, match="holds one of the results that are compared, which would be lost"):
+        compare([first], [second], first.parent)
+    assert first.read_text() == before
+
+
+def test_several_questions_are_compared_together_and_each(result_file: WriteResult, tmp_path: Path) -> None:
+    paths = (
+        both_questions(result_file, "a", [True, False], [False, False]),
+        both_questions(result_file, "b", [True, True], [True, False]),
+    )
     result = compare([paths[0]], [paths[1]], tmp_path / "out")
     assert object_values(read_results(paths[1]), "accuracy") == {"o0": 1.0, "o1": 0.5}
     assert result["difference"] == pytest.approx((0.5 + 0.5) / 2)

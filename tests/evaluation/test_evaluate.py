@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from commands import Command
 from pointalign.cli import main
-from pointalign.errors import ConfigError, DataError
+from pointalign.errors import CheckpointError, ConfigError, DataError
 from pointalign.evaluation import run as run_module
 from pointalign.evaluation.asking import EvaluationSettings
 from pointalign.evaluation.opening import BENCHMARKS, Sources
@@ -178,6 +179,25 @@ def test_none_writes_answers_only_for_the_judge_verb(
     status, out, err = run(capsys, "judge", str(folder / "answers-I.json"), *labels)
     assert status == 0, err
     assert json.loads(out.splitlines()[-1])["n"] == 7
+
+
+def test_answers_that_nobody_judges_leave_the_overview_as_it_is(tiny_model: Path, own: Path, tmp_path: Path) -> None:
+    told = evaluate(tiny_model, tmp_path / "out", own_settings(own))
+    before = Path(told["report"]).read_text()
+    assert "| likelihood |" in before
+    evaluate(tiny_model, tmp_path / "out", own_settings(own, judge="none"))
+    assert Path(told["report"]).read_text() == before
+
+
+def test_weights_that_are_no_numbers_are_refused(tiny_model: Path, own: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["language_model.model.norm.weight"][3] = float("nan")
+    save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    for benchmark in ("own-classification", "language-retention"):
+        settings = own_settings(own, benchmarks=(benchmark,), judge="match", base_language_model=str(tmp_path))
+        with pytest.raises(CheckpointError, match=r"no finite numbers \(language_model\.model\.norm\.weight\)"):
+            evaluate(tmp_path / "broken", tmp_path / "out", settings)
 
 
 def test_captions_have_metrics_and_their_embedder_is_named(tiny_model: Path, own: Path, tmp_path: Path) -> None:

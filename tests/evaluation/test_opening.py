@@ -289,6 +289,14 @@ def test_what_is_wrong_with_own_data_is_said_in_one_line(case: str, own: Path) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("nothing", ["null", "NaN", '""'])
+def test_no_label_in_json_is_none(nothing: str, own: Path) -> None:
+    rows = f'[{{"object_id": "o1", "label": "lamp"}}, {{"object_id": "o2", "label": {nothing}}}]'
+    (own / "truth.json").write_text(rows)
+    with pytest.raises(DataError, match=r"gives no label for 1 of 2 objects \(first: o2\)"):
+        open_benchmark("own-classification", Sources(clouds=own / "clouds", truth=own / "truth.json"))
+
+
 @pytest.mark.parametrize("text", ["{", '{"o1": "lamp"}', '[{"label": "lamp"}]', '[{"object_id": 1}]', "[1]"])
 def test_json_of_another_layout_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "truth.json").write_text(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import erfc, sqrt
+from math import erfc, nan, sqrt
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from pointalign.evaluation.statistics import (
     sign_flip_test,
     summarize,
     summarize_share,
+    verdict,
     wilson_interval,
 )
 
@@ -105,6 +106,11 @@ def test_few_objects_that_differ_tell_no_difference(objects: int, worse: int, be
         assert found["p_value"] == p_value
         assert found["interval"][0] > 0
         assert found["inside_noise"] == (p_value > 0.05)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_no_number_is_no_difference() -> None:
+    assert verdict([nan, 1.0], (nan, nan))["inside_noise"]
 
 
 def test_flips_of_signs_are_counted_by_hand() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from pointalign.data.household import load_household
 from pointalign.errors import ConfigError, DataError
 from pointalign.models.processing import PointAlignProcessor
 from pointalign.probing.features import read_point_tokens
-from pointalign.probing.run import short_names
+from pointalign.probing.probes import Outcome
+from pointalign.probing.run import ProbedModel, _differences, short_names
 from pointalign.probing.targets import make_targets
 
 IMAGE = 90
@@ -102,6 +104,17 @@ def test_names_that_tell_models_apart() -> None:
     assert short_names(["a", "a/b"]) == ["a", "a/b"]
     with pytest.raises(ConfigError, match="m is named twice"):
         short_names(["a", "m", "m"])
+
+
+def test_scores_against_other_targets_are_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    def probed(groups: float) -> Any:
+        lost, whole = np.array([0.2, 0.4, 0.1]), np.ones(3)
+        outcomes = {"box_r2": Outcome(lost, whole), "group_r2": Outcome(lost * groups, whole * groups)}
+        space = SimpleNamespace(kernel=np.full((2, 2), groups))
+        return ProbedModel([outcomes], outcomes, [], space, {})  # pyright: ignore[reportArgumentType]
+
+    assert _differences([probed(1.0), probed(2.0)], 0).keys() == {"box_r2"}  # pyright: ignore[reportOptionalMemberAccess]
+    assert "against different targets by group_r2" in capsys.readouterr().err
 
 
 def test_one_model_in_two_spellings_is_named_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

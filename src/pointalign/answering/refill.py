@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pointalign.answering.cache import roomy_cache
-from pointalign.models.language_model import takes_positions
+from pointalign.models.language_model import takes
 
 # Settings of `generate` that change nothing in a greedy answer, or that are honoured here. With any other one
 # transformers' own loop answers.
@@ -37,7 +37,7 @@ def can_refill(model: Any, options: Mapping[str, Any]) -> bool:
         return False
     layers = DynamicCache(config=model.config.text_config).layers
     is_plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-    return is_plain and takes_positions(model.language_model)
+    return is_plain and takes(model.language_model, "position_ids")
 
 
 class _Rows:

@@ -19,6 +19,7 @@ from pointalign.evaluation.plan import Planned
 from pointalign.evaluation.processes import Processes, evaluation_device
 from pointalign.evaluation.provenance import model_fingerprint, prompt_hash
 from pointalign.evaluation.records import AnswersFile
+from pointalign.models.checkpoint import check_weights
 from pointalign.progress import progress
 from pointalign.released import RELEASED_GENERATION, with_released_prompt
 
@@ -100,9 +101,10 @@ def load_model(name: str | Path, as_released: bool = False) -> LoadedModel:
     """Load a model for answering, as `load_answerer` does.
 
     Raises:
-        PointAlignError: when it cannot be loaded, or the released prompt is not its own.
+        PointAlignError: when it cannot be loaded, its weights are no numbers, or the released prompt is not its own.
     """
     answerer = load_answerer(name, evaluation_device())
+    check_weights(answerer.model, answerer.name)
     processor = with_released_prompt(answerer.processor) if as_released else answerer.processor
     return LoadedModel(answerer.model, processor, answerer.name, model_fingerprint(answerer.name))
 

@@ -89,7 +89,6 @@ class BaselineAnswers(RawAnswers):
             "clouds": self.benchmark.fingerprint,
             "training_objects": hashlib.sha256(HOUSEHOLD_FILE.read_bytes()).hexdigest()[:16],
             "scikit_learn": metadata.version("scikit-learn"),
-            "objects": len(self.benchmark.items),
         }
         by_scores = self.judge_name == LikelihoodJudge.name
         self.answers, self.scores = (

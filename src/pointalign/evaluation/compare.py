@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ VERSUS = "vs"
 ACCURACY, SCORE = "accuracy", "score"
 
 Result = Mapping[str, Any]
+# An object and a question about it.
+AnswerKey = tuple[str, str]
 
 
 def split_sides(results: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -74,6 +76,8 @@ def compare(
     }
     rows = disagreements(before, after, names[0])
     folder = Path(out)
+    if (folder / RESULTS_FILE).resolve() in {Path(one["file"]).resolve() for one in [*before, *after]}:
+        raise DataError(f"{folder} holds one of the results that are compared, which would be lost; name another --out")
     content = {**result, "disagreements": rows}
     write_text(folder / RESULTS_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_text(folder / "report.md", "\n".join(comparison_lines(result, rows)) + "\n")
@@ -104,7 +108,7 @@ def check_comparable(results: Sequence[Result]) -> None:
     """Refuse results that cannot be compared.
 
     Raises:
-        DataError: when benchmark, judge, questions, objects or their truth differ.
+        DataError: when benchmark, judge, classes, questions, objects or their truth differ.
     """
     head = results[0]
     for other in results[1:]:
@@ -114,6 +118,12 @@ def check_comparable(results: Sequence[Result]) -> None:
                     f"{head['file']} is of {name} {head[name]!r}, {other['file']} of {other[name]!r}; compare results of one "
                     f"{name}"
                 )
+        sets = [one.get("labels") for one in (head, other)]
+        if None not in sets and sets[0] != sets[1]:
+            raise DataError(
+                f"{head['file']} and {other['file']} chose among different classes ({len(sets[0])} and {len(sets[1])}); "
+                "evaluate both models with the same --classes"
+            )
         asked, asked_there = ({k: q["prompt"] for k, q in one["questions"].items()} for one in (head, other))
         truth, truth_there = (
             {row["object_id"]: row["ground_truth"] for row in one["objects"]} for one in (head, other)
@@ -146,24 +156,46 @@ def common_measures(results: Sequence[Result]) -> list[str]:
     return names
 
 
-def object_values(result: Result, measure: str) -> dict[str, float]:
-    """One number per object; an object whose answers do not count is left out.
+def answer_values(result: Result, measure: str) -> dict[AnswerKey, float | None]:
+    """One number per answer, by object and question; None where the answer does not count.
 
     Args:
         result: of a benchmark.
-        measure: one of `common_measures`; "accuracy" is the share of an object's answers that are right.
+        measure: one of `common_measures`; by "accuracy" an answer is right or not.
     """
-    found: dict[str, list[float]] = {}
+    found: dict[AnswerKey, float | None] = {}
     for row in result["objects"]:
         if measure == SCORE:
             value = row["score"]
-        elif measure.startswith(ACCURACY):
-            value = row["right"] if measure in (ACCURACY, f"{ACCURACY} ({row['question']})") else None
-        else:
+        elif not measure.startswith(ACCURACY):
             value = row["metrics"][measure]
-        if value is not None:
-            found.setdefault(row["object_id"], []).append(float(value))
+        elif measure in (ACCURACY, f"{ACCURACY} ({row['question']})"):
+            value = row["right"]
+        else:
+            continue
+        found[row["object_id"], row["question"]] = None if value is None else float(value)
+    return found
+
+
+def object_values(result: Result, measure: str, counted: Collection[AnswerKey] | None = None) -> dict[str, float]:
+    """One number per object, the mean over its answers; an object of which none counts is left out.
+
+    Args:
+        result: of a benchmark.
+        measure: see `answer_values`.
+        counted: the answers that are to count; all that do when None.
+    """
+    found: dict[str, list[float]] = {}
+    for key, value in answer_values(result, measure).items():
+        if value is not None and (counted is None or key in counted):
+            found.setdefault(key[0], []).append(value)
     return {object_id: float(np.mean(values)) for object_id, values in found.items()}
+
+
+def counted_in_all(results: Sequence[Result], measure: str) -> set[AnswerKey]:
+    """The answers that count in all results: the same ones are then held against each other."""
+    answers = [answer_values(result, measure) for result in results]
+    return {key for key in answers[0] if all(found.get(key) is not None for found in answers)}
 
 
 def measure_difference(first: Sequence[Result], second: Sequence[Result], measure: str, seed: int) -> dict[str, Any]:
@@ -171,17 +203,18 @@ def measure_difference(first: Sequence[Result], second: Sequence[Result], measur
 
     Returns:
         `difference`, `interval`, `n`, `inside_noise` and the rest of `pooled_difference`; `first_mean`, `second_mean`;
-        `left_out`, objects that do not count in some result; with one result a side and answers that are right or wrong
+        `left_out`, objects of which an answer does not count in some result, and so in none; with one result a side and
+        answers that are right or wrong
         `only_first`, `only_second` (objects that only this side has right), whose `p_value` is McNemar's exact one.
 
     Raises:
         DataError: when no object counts in all results.
     """
-    values = [[object_values(result, measure) for result in side] for side in (first, second)]
-    known = {row["object_id"] for row in first[0]["objects"]}
-    shared = sorted(known.intersection(*(found.keys() for side in values for found in side)))
-    if not shared:
+    counted = counted_in_all([*first, *second], measure)
+    if not counted:
         raise DataError(f"no object has {measure} in all results; judge them again")
+    values = [[object_values(result, measure, counted) for result in side] for side in (first, second)]
+    shared = sorted(values[0][0])
     before, after = ([[found[object_id] for object_id in shared] for found in side] for side in values)
     pooled = pooled_difference(before, after, seed)
     found = {
@@ -189,7 +222,7 @@ def measure_difference(first: Sequence[Result], second: Sequence[Result], measur
         **pooled,
         "first_mean": float(np.mean(before)),
         "second_mean": float(np.mean(after)),
-        "left_out": len(known) - len(shared),
+        "left_out": len({object_id for object_id, _ in answer_values(first[0], measure).keys() - counted}),
     }
     if pooled["seeds"] == [1, 1] and {*before[0], *after[0]} <= {0.0, 1.0}:
         changes = np.asarray(after[0]) - np.asarray(before[0])
@@ -204,12 +237,13 @@ def disagreements(first: Sequence[Result], second: Sequence[Result], measure: st
         `object_id`, `truth`, the mean values `first` and `second`, and what the first result of each side said and was
         taken to mean: `first_answers` and `second_answers`.
     """
+    counted = counted_in_all([*first, *second], measure)
     means = []
     for side in (first, second):
-        values = [object_values(result, measure) for result in side]
-        means.append({key: float(np.mean([one[key] for one in values if key in one])) for key in set().union(*values)})
+        values = [object_values(result, measure, counted) for result in side]
+        means.append({key: float(np.mean([one[key] for one in values])) for key in values[0]})
     truths = {row["object_id"]: row.get("label") or row["ground_truth"] for row in first[0]["objects"]}
-    changed = [key for key in truths if key in means[0] and key in means[1] and means[0][key] != means[1][key]]
+    changed = [key for key in truths if key in means[0] and means[0][key] != means[1][key]]
     said = [_said(side[0]) for side in (first, second)]
     return [
         {

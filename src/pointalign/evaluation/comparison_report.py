@@ -73,7 +73,9 @@ def _sureness(result: Mapping[str, Any]) -> list[str]:
             f"Sign flips over the objects' means: p = {result['p_value']:.3g}, which leaves out how training varies."
         )
     if result["left_out"]:
-        lines.append(f"{result['left_out']} objects are left out, because an answer about them could not be judged.")
+        lines.append(
+            f"{result['left_out']} objects are left out, or one answer about them is, because it could not be judged."
+        )
     return lines
 
 

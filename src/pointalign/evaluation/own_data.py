@@ -168,7 +168,10 @@ def _column(rows: list[dict[str, Any]], name: str, path: Path) -> dict[str, str]
     if not any(name in row for row in rows):
         return {}
     values = {row["object_id"]: row.get(name) for row in rows}
-    found = {object_id: "" if value is None else writable(str(value).strip()) for object_id, value in values.items()}
+    found = {
+        object_id: "" if value is None or value != value else writable(str(value).strip())  # NaN: nothing, of pandas
+        for object_id, value in values.items()
+    }
     blank = [object_id for object_id, value in found.items() if not value]
     if blank:
         raise DataError(

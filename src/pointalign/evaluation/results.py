@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,24 +183,25 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return {**values, "file": str(file)}
 
 
-def with_earlier(folder: Path, results: Sequence[Result]) -> list[Result]:
+def with_earlier(folder: Path, results: Sequence[Result], hashes: Collection[str] = ()) -> list[Result]:
     """An evaluation's results and those that earlier runs of the same model left in its folder, by other judges for instance.
 
     Args:
         folder: of the evaluation.
         results: of this run, each with the file that holds it (`results`).
+        hashes: of the model, where answers were written that nobody judged.
 
     Returns:
         All of them with their file, ordered by it.
     """
     known = {str(result["results"]): result for result in results}
-    hashes = {_model_hash(result) for result in results}
+    hashes = {*hashes, *(model_hash(result["provenance"]) for result in results)}
     for file in sorted(folder.rglob(RESULTS_FILE)):
         if str(file) not in known:
             try:
                 found = json.loads(file.read_text(encoding="utf-8"))
                 # A comparison, which a user may put here too, has no model of its own.
-                same = "provenance" in found and _model_hash(found) in hashes
+                same = "provenance" in found and model_hash(found["provenance"]) in hashes
             except (OSError, ValueError, TypeError, LookupError, AttributeError, StopIteration):
                 say(f"{file} is not a result of `pointalign evaluate`; the overview goes without it")
                 continue
@@ -209,6 +210,6 @@ def with_earlier(folder: Path, results: Sequence[Result]) -> list[Result]:
     return [known[name] for name in sorted(known)]
 
 
-def _model_hash(result: Result) -> str:
-    told = result["provenance"]
+def model_hash(told: Mapping[str, Any]) -> str:
+    """Whose answers a result is about, from what the result came from (`provenance`)."""
     return told["model"] if "model" in told else next(iter(told["answers"].values()))["model"]

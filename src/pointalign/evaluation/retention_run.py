@@ -17,7 +17,7 @@ from pointalign.evaluation.retention import (
     retention_passages,
     retention_prompts,
 )
-from pointalign.models.checkpoint import resolve_model
+from pointalign.models.checkpoint import check_weights, resolve_model
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
 from pointalign.progress import progress
@@ -44,6 +44,7 @@ def evaluate_retention(model: str | Path, out: Path, base: str | None = None) ->
     with quiet_transformers():
         processor = load_processor(name)
         loaded = PointAlignForConditionalGeneration.from_pretrained(name)
+    check_weights(loaded, name)
     named = base or loaded.config.language_model
     loaded.to(device)  # pyright: ignore[reportArgumentType]
     passages, prompts = retention_passages(), retention_prompts()

@@ -23,14 +23,14 @@ from pointalign.evaluation.processes import Processes, joined_processes
 from pointalign.evaluation.provenance import environment
 from pointalign.evaluation.records import Judge
 from pointalign.evaluation.report import write_overview, write_report
-from pointalign.evaluation.results import RESULTS_FILE, join_questions, judge_question, with_earlier
+from pointalign.evaluation.results import RESULTS_FILE, join_questions, judge_question, model_hash, with_earlier
 from pointalign.evaluation.retention_run import evaluate_retention
 from pointalign.judge_settings import JudgeName
 from pointalign.progress import progress, say
 from pointalign.storage import write_text
 
 CLASSIFICATION = ("accuracy", "n", "interval", "majority_rate", "invalid")
-NOT_TOLD = ("objects", "provenance", "questions", "replies")
+NOT_TOLD = ("labels", "objects", "provenance", "questions", "replies")
 
 
 def evaluate(model: str | Path, out: str | Path, settings: EvaluationSettings | None = None) -> dict[str, Any]:
@@ -56,7 +56,9 @@ def evaluate(model: str | Path, out: str | Path, settings: EvaluationSettings | 
     needed = {planned.judge for planned in plan.planned} & set(get_args(JudgeName))
     judges = {name: build_judge(name, **settings.judge_options) for name in needed}  # pyright: ignore[reportArgumentType]
     with quiet_transformers(), joined_processes() as processes:
-        results = _answer_and_judge(model, folder, plan, settings, judges, processes) if plan.planned else {}
+        results, hashes = (
+            _answer_and_judge(model, folder, plan, settings, judges, processes) if plan.planned else ({}, set())
+        )
         if not processes.is_first:
             return {}
     if plan.retention:
@@ -68,7 +70,8 @@ def evaluate(model: str | Path, out: str | Path, settings: EvaluationSettings | 
             plan.skipped[RETENTION] = str(error)
     for name, reason in plan.skipped.items():
         say(f"skipped {name}: {reason}")
-    write_overview(folder / "report.md", str(model), with_earlier(folder, list(results.values())), plan.skipped)
+    shown = with_earlier(folder, list(results.values()), hashes)
+    write_overview(folder / "report.md", str(model), shown, plan.skipped)
     told = {name: told_numbers(result) for name, result in results.items()}
     classified = [numbers for numbers in told.values() if "accuracy" in numbers]
     return {
@@ -104,18 +107,19 @@ def _answer_and_judge(
     settings: EvaluationSettings,
     judges: Mapping[str, Judge],
     processes: Processes,
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """The results, and the hash of the model that answered."""
     raw, device = _answers(name, folder, plan, settings, processes)
     processes.wait()
     if not processes.is_first:
-        return {}
+        return {}, set()
     machine = environment(device, processes.world)
     results = {}
     for name, answers in raw.items():
         result = judge_all(answers, judges, machine)
         if result is not None:
             results[name] = result
-    return results
+    return results, {model_hash(answers.provenance()) for answers in raw.values()}
 
 
 def _answers(
@@ -171,6 +175,7 @@ def judge_all(raw: RawAnswers, judges: Mapping[str, Judge], machine: dict[str, A
         "task": benchmark.task.kind,
         "judge": judge.name if judge else None,
         "model": raw.model_name,
+        **({"labels": list(benchmark.task.labels)} if benchmark.task.labels else {}),
         **join_questions(benchmark, numbers, rows),
         "questions": numbers,
         "provenance": {**raw.provenance(), "judge": told_judge, "environment": machine},

@@ -146,7 +146,8 @@ def verdict(differences: Values, interval: Sequence[float], seed: int = 0) -> di
     """
     low, high = interval
     p_value = sign_flip_test(differences, seed)
-    return {"p_value": p_value, "inside_noise": low <= 0 <= high or p_value > 1 - CONFIDENCE}
+    told_apart = (low > 0 or high < 0) and p_value <= 1 - CONFIDENCE  # what is no number tells nothing apart
+    return {"p_value": p_value, "inside_noise": not told_apart}
 
 
 def sign_flip_test(differences: Values, seed: int = 0) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from pointalign.errors import CheckpointError
+from pointalign.errors import CheckpointError, ConfigError
 from pointalign.models.folding import fold_adapter
 from pointalign.models.language_model import load_language_model
 from pointalign.models.quantization import adopt, kept_whole, language_model_weights, quantization_config
 
 ADAPTED_PARTS = ("language_model", "connector.qformer")
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE, ONE_FILE = "model.safetensors", "1000GB"
+COMPILED = "._orig_mod."  # how torch.compile names what it wraps
+# What says where on the Hub a checkpoint is, and how it is fetched.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 ASSETS = Path(__file__).parent.parent / "assets"
 # The models that come with the package; the first is used where none is named.
 BUNDLED_MODELS = ("household-135m", "household-135m-pretrain")
@@ -40,13 +44,30 @@ def adapter_folder(part: str) -> str:
     return f"{part.rpartition('.')[2]}_adapter"
 
 
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own weights under the names of a model without adapters; guests and adapters are left out."""
+def plain_state_dict(model: nn.Module, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's own weights under the names of a model without adapters; guests and adapters are left out.
+
+    Args:
+        model: whose they are.
+        given: its whole state where that was gathered already.
+
+    Raises:
+        ConfigError: when there is an adapter that would be saved nowhere.
+    """
+    adapted = tuple(f"{part}." for part in ADAPTED_PARTS if is_adapted(_part(model, part)))
     state = {}
-    for name, tensor in model.state_dict().items():
-        if name.startswith("alignment_regularizer.") or is_adapters(name):
+    for name, tensor in (model.state_dict() if given is None else given).items():
+        if name.startswith("alignment_regularizer."):
             continue
-        name = name.replace(".base_model.model.", ".").replace(".base_layer.", ".").replace(".original_module.", ".")
+        if is_adapters(name):
+            if not name.startswith(adapted):
+                raise ConfigError(
+                    f"{name} is of an adapter that no folder would hold; put it on by "
+                    "model.language_model = peft.get_peft_model(model.language_model, ...)"
+                )
+            continue
+        for wrapping in (".base_model.model.", ".base_layer.", ".original_module.", COMPILED):
+            name = name.replace(wrapping, ".")
         state[name] = tensor
     return state
 
@@ -56,9 +77,17 @@ def is_adapters(name: str) -> bool:
     return ".lora_" in name or ".modules_to_save." in name
 
 
-def save_own_weights(model: Any, folder: Path, self_contained: bool, save: Callable[..., None], **kwargs: Any) -> None:
+def save_own_weights(
+    model: Any,
+    folder: Path,
+    self_contained: bool,
+    save: Callable[..., None],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **kwargs: Any,
+) -> None:
     """Write config, own weights and adapters; see `PointAlignForConditionalGeneration.save_pretrained`."""
-    state = plain_state_dict(model)
+    state = plain_state_dict(model, state_dict)
     reference = model.config.language_model
     if self_contained:
         model.config.language_model = None
@@ -68,19 +97,32 @@ def save_own_weights(model: Any, folder: Path, self_contained: bool, save: Calla
             state.update(_weights_as_they_came(model, reference or model.weights_folder))
         elif model.rounded_from is not None:
             came = _weights_as_they_came(model, model.rounded_from)
-            rounded = {name for name, tensor in state.items() if name in came and tensor.dtype == torch.bfloat16}
-            state.update({name: came[name] for name in rounded})
+            rounded = {
+                name: t for name, t in state.items() if name.startswith("language_model.") and t.dtype == torch.bfloat16
+            }
+            # A head that is the embedding is in no file of its own.
+            places = {tensor.data_ptr(): came[name] for name, tensor in rounded.items() if name in came}
+            state.update({name: places[t.data_ptr()] for name, t in rounded.items() if t.data_ptr() in places})
+    elif reference is None:
+        raise ConfigError(
+            "config.language_model does not say where the language model is, so its weights cannot be left out"
+        )
     else:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("language_model.")}
+        kwargs["max_shard_size"] = ONE_FILE
     try:
-        save(folder, state_dict=state, **kwargs)
+        save(folder, state_dict=state, is_main_process=is_main_process, **kwargs)
     finally:
         model.config.language_model = reference
     for part in ADAPTED_PARTS:
         module = _part(model, part)
-        if is_adapted(module):
+        if is_adapted(module) and is_main_process:
             # peft would add embedding and head wherever the vocabulary has grown; they are the language model's own.
-            module.save_pretrained(str(folder / adapter_folder(part)), save_embedding_layers=False)
+            module.save_pretrained(
+                str(folder / adapter_folder(part)),
+                save_embedding_layers=False,
+                state_dict=None if state_dict is None else _part_of(state_dict, part),
+            )
 
 
 def _weights_as_they_came(model: Any, source: str | Path) -> dict[str, Tensor]:
@@ -101,7 +143,17 @@ def _part(model: nn.Module, name: str) -> Any:
     module: Any = model
     for attribute in name.split("."):
         module = getattr(module, attribute, None)
-    return module
+    return getattr(module, COMPILED.strip("."), module)
+
+
+def _part_of(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """What a state holds of a part, as the part names it."""
+    start = f"{part}."
+    return {
+        name.removeprefix(start).removeprefix(COMPILED[1:]): tensor
+        for name, tensor in state.items()
+        if name.startswith(start)
+    }
 
 
 def resolve_model(name: str | Path | None = None) -> str:
@@ -136,8 +188,12 @@ def local_checkpoint(name: str) -> Path | None:
     return None
 
 
-def find_checkpoint(name: str) -> Path:
+def find_checkpoint(name: str, **hub: Any) -> Path:
     """The local folder of a checkpoint: a folder as it is, a bundled model's, anything else from the Hub.
+
+    Args:
+        name: see `resolve_model`.
+        hub: of `HUB_OPTIONS`, as in `huggingface_hub.snapshot_download`.
 
     Raises:
         CheckpointError: when there is none of them.
@@ -145,7 +201,7 @@ def find_checkpoint(name: str) -> Path:
     if (folder := local_checkpoint(name)) is not None:
         return folder
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, **hub))
     except (OSError, ValueError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         known = ", ".join(BUNDLED_MODELS)
         raise CheckpointError(
@@ -213,7 +269,11 @@ def load_own_weights(
     cls: Any, name: str, args: tuple, is_trainable: bool, merged: bool, load: Callable[..., Any], kwargs: dict[str, Any]
 ) -> Any:
     """Read what `save_own_weights` wrote; see `PointAlignForConditionalGeneration.from_pretrained`."""
-    folder = find_checkpoint(name)
+    hub = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
+    told_of, given = kwargs.pop("output_loading_info", False), kwargs.pop("generation_config", None)
+    folder = find_checkpoint(name, **hub)
+    saved = _saved_generation_config(folder)
+    generation_config = saved if given is None else given
     try:
         config = kwargs.pop("config", None) or cls.config_class.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -241,7 +301,8 @@ def load_own_weights(
             adopt(model, model.language_model)
         model.weights_folder = folder
     else:
-        language_model = load_language_model(config.language_model, quantize=config.quantize, **kwargs)
+        hub.pop("revision", None)  # of this checkpoint, not of its language model
+        language_model = load_language_model(config.language_model, quantize=config.quantize, **hub, **kwargs)
         fit_embeddings(language_model, config.text_config.vocab_size)
         model = cls(config, language_model=language_model)
         weight = language_model.get_input_embeddings().weight
@@ -253,20 +314,25 @@ def load_own_weights(
         weights = shared_folder(folder) / WEIGHTS_FILE
         load_into(model, load_weights_file(weights), weights, ignore="language_model.")
         config.shared_with = None
-    if (folder / "generation_config.json").is_file():
-        try:  # also where transformers has read it: a broken one it would replace by its own without a word
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"cannot read {folder / 'generation_config.json'}: {str(error).splitlines()[0]}; copy the checkpoint again"
-            ) from error
+        report = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    if generation_config is not None:
+        model.generation_config = generation_config
     for part in ADAPTED_PARTS:
         path = folder / adapter_folder(part)
         if path.is_dir() and not (merged and _folded(model, part, path)):
             attach_adapter(model, part, path, is_trainable)
     if merged:
         model.merge_adapters()
-    return model.eval()
+    return (model.eval(), report) if told_of else model.eval()
+
+
+def _saved_generation_config(folder: Path) -> GenerationConfig | None:
+    """What a checkpoint says of answers, if it does; a broken one transformers would replace by its own without a word."""
+    file = folder / GENERATION_CONFIG_NAME
+    try:
+        return GenerationConfig.from_pretrained(folder) if file.is_file() else None
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"cannot read {file}: {str(error).splitlines()[0]}; copy the checkpoint again") from error
 
 
 def _folded(model: Any, part: str, path: Path) -> bool:
@@ -315,6 +381,23 @@ def merge_adapters(model: Any) -> bool:
         parent, _, attribute = part.rpartition(".")
         setattr(_part(model, parent) if parent else model, attribute, _part(model, part).merge_and_unload())
     return "language_model" in adapted
+
+
+def check_weights(model: nn.Module, name: str) -> None:
+    """Refuse a model of which nothing that is measured would mean anything.
+
+    Args:
+        model: whose weights are looked at.
+        name: told in errors.
+
+    Raises:
+        CheckpointError: when a weight is not finite.
+    """
+    for parameter, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise CheckpointError(
+                f"{name} has weights that are no finite numbers ({parameter}); train or import it again"
+            )
 
 
 def fit_embeddings(language_model: Any, rows: int) -> None:

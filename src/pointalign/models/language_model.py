@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from pointalign.errors import CheckpointError, MissingDependencyError
+from pointalign.errors import CheckpointError, ConfigError, MissingDependencyError
 from pointalign.models.quantization import adopt, quantization_config
 from pointalign.storage import cache_dir, written_folder
 
@@ -208,12 +208,28 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
             weight.data = weight.data.to(dtype)
 
 
-def takes_positions(language_model: PreTrainedModel) -> bool:
-    """Whether a language model, adapted or not, can be told where tokens stand; others count by the mask, or need not know."""
+def takes(language_model: PreTrainedModel, argument: str) -> bool:
+    """Whether a language model's own forward, adapted or not, names an argument.
+
+    Without `position_ids` it counts by the mask, or need not know where tokens stand; without `past_key_values` it keeps a
+    state of its own kind.
+    """
     adapted: Any = getattr(language_model, "get_base_model", None)
-    return _takes_positions(type(adapted() if adapted else language_model))
+    return _takes(type(adapted() if adapted else language_model), argument)
 
 
 @cache
-def _takes_positions(kind: type[PreTrainedModel]) -> bool:
-    return "position_ids" in inspect.signature(kind.forward).parameters
+def _takes(kind: type[PreTrainedModel], argument: str) -> bool:
+    return argument in inspect.signature(kind.forward).parameters
+
+
+def embedding_width(config: PreTrainedConfig) -> int:
+    """How wide a language model's token embeddings are; some OPT widen them before their blocks.
+
+    Raises:
+        ConfigError: for a model of several parts, whose language model is not told apart.
+    """
+    width = getattr(config, "word_embed_proj_dim", None) or getattr(config, "hidden_size", None)
+    if width is None:
+        raise ConfigError(f"a {config.model_type} model has several parts; name a language model that reads text alone")
+    return width

@@ -14,16 +14,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    DynamicCache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
     initialization,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.generic import ModelOutput
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 import pointalign.models.phi  # noqa: F401  (a saved model may hold the variant, which transformers must know)
-from pointalign.errors import DataError
+from pointalign.errors import ConfigError, DataError
 from pointalign.models.checkpoint import is_adapted, load_own_weights, merge_adapters, save_own_weights
 from pointalign.models.connector import (
     ConnectorConfig,
@@ -32,9 +33,19 @@ from pointalign.models.connector import (
     drop_nothing,
     rest_frozen,
 )
-from pointalign.models.language_model import takes_positions
+from pointalign.models.language_model import embedding_width, takes
 from pointalign.models.losses import IGNORED, summed_cross_entropy
 from pointalign.models.point_encoder import PointEncoder, PointEncoderConfig
+
+# Ways of transformers to guess tokens ahead. From embeddings, which hold a cloud, it guesses wrong.
+GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+# What `push_to_hub` takes of `save_pretrained`'s arguments.
+UPLOADING = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+
+
+def _is_begun(cache: Any) -> bool:
+    """Whether a cache of keys and values was handed over that may hold a prompt already."""
+    return cache is not None and not (isinstance(cache, DynamicCache) and cache.get_seq_length() == 0)
 
 
 class PointAlignConfig(PreTrainedConfig):
@@ -77,7 +88,7 @@ class PointAlignConfig(PreTrainedConfig):
             text = dict(self.text_config or {"model_type": "phi"})
             self.text_config = AutoConfig.for_model(**text)
         self.connector_config.input_size = self.point_encoder_config.hidden_size
-        self.connector_config.output_size = self.text_config.hidden_size
+        self.connector_config.output_size = embedding_width(self.text_config)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         # The base class sets the attention of all parts; a loaded language model's own choice must survive, because
         # without one transformers builds no causal mask.
@@ -181,6 +192,10 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The language model's head."""
         return self.language_model.get_output_embeddings()
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the language model's head."""
+        self.language_model.set_output_embeddings(new_embeddings)
+
     def get_decoder(self) -> Any:
         """The language model's stack of decoder blocks, without the head."""
         model = self.language_model
@@ -225,7 +240,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         folder holds all weights.
         """
         if merge_adapters(self):
-            self.config.language_model = self.weights_folder = None
+            self.config.language_model = self.weights_folder = self.rounded_from = None
 
     def embed_inputs(
         self, input_ids: Tensor, point_tokens: Tensor | None = None, point_positions: Tensor | None = None
@@ -255,11 +270,17 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         if point_tokens is None:
             return embeds
+        if point_tokens.shape[-1] != embeds.shape[-1]:
+            raise DataError(
+                f"the point tokens are {point_tokens.shape[-1]} wide and the language model's embeddings "
+                f"{embeds.shape[-1]}; give what this model's encode_points made"
+            )
         tokens = point_tokens.to(embeds)
         if point_positions is None:
             return embeds.masked_scatter(mask.unsqueeze(-1), tokens)
         return embeds.flatten(0, 1).index_copy(0, point_positions, tokens.flatten(0, 1)).view_as(embeds)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -308,7 +329,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             if input_ids is None:
                 raise DataError("the model needs input_ids or inputs_embeds")
-            if past_key_values is not None and point_tokens is None:
+            if _is_begun(past_key_values) and point_tokens is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
             else:
                 inputs_embeds = self.embed_inputs(input_ids, point_tokens, point_positions)
@@ -318,7 +339,7 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(logits_to_keep, int) and logits_to_keep:
             # A slice would not lie in one piece, and a CPU would copy the whole head to multiply it.
             logits_to_keep = torch.arange(-min(logits_to_keep, inputs_embeds.shape[1]), 0, device=inputs_embeds.device)
-        if position_ids is not None and takes_positions(self.language_model):
+        if position_ids is not None and takes(self.language_model, "position_ids"):
             kwargs["position_ids"] = position_ids
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -333,9 +354,9 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return PointAlignOutput(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
             points=points,
         )
 
@@ -372,12 +393,28 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: (B, L), left-padded when B > 1.
             point_clouds: as in `forward`.
             point_tokens: as in `forward`.
-            kwargs: as in `GenerationMixin.generate`.
+            kwargs: as in `GenerationMixin.generate`; `inputs` is another name of `input_ids`.
+
+        Raises:
+            DataError: when the clouds do not fit the placeholders.
+            ConfigError: when tokens about a cloud are to be guessed ahead, which transformers does for prompts of ids alone.
         """
+        if input_ids is None:
+            input_ids = kwargs.pop("inputs", None)
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
             if point_clouds is not None:
                 point_tokens = self.encode_points(point_clouds).point_tokens
-            kwargs["inputs_embeds"] = self.embed_inputs(input_ids, point_tokens)
+            embeds = self.embed_inputs(input_ids, point_tokens)
+            if point_tokens is not None:
+                kwargs["inputs_embeds"] = embeds
+        if kwargs.get("inputs_embeds") is not None:
+            settings = kwargs.get("generation_config") or self.generation_config
+            guessing = [name for name in GUESSING if kwargs.get(name, getattr(settings, name, None)) is not None]
+            if guessing:
+                raise ConfigError(f"{guessing[0]} gives other tokens where a prompt holds a cloud; leave it out")
+        if not takes(self.language_model, "past_key_values"):  # how its state is kept, it knows itself
+            kwargs.setdefault("generation_config", self.generation_config)
+            return self.language_model.generate(input_ids=input_ids, **kwargs)
         return super().generate(input_ids=input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -392,11 +429,21 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             save_directory: the folder.
             self_contained: True writes the language model's weights too and forgets where they came from; False leaves
                 them out; None leaves them out when `config.language_model` is set.
-            kwargs: passed to `PreTrainedModel.save_pretrained`.
+            kwargs: passed to `PreTrainedModel.save_pretrained`; those of `push_to_hub` to that.
+
+        Raises:
+            ConfigError: when the folder would lack weights: the language model's, or those of an adapter that is not peft's
+                wrapper around it; or when a folder of another kind than None gives is to be uploaded.
         """
-        if self_contained is None:
-            self_contained = self.config.language_model is None
-        save_own_weights(self, Path(save_directory), self_contained, super().save_pretrained, **kwargs)
+        by_default, folder = self.config.language_model is None, Path(save_directory)
+        wanted = by_default if self_contained is None else self_contained
+        upload, repository = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
+        uploading = {name: kwargs.pop(name) for name in UPLOADING if name in kwargs}
+        if upload and wanted != by_default:
+            raise ConfigError("push_to_hub does not know self_contained; save the folder, then upload it by: hf upload")
+        save_own_weights(self, folder, wanted, super().save_pretrained, **kwargs)
+        if upload:  # once the adapters are there
+            self.push_to_hub(repository, **uploading)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -416,7 +463,8 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             merged: fold LoRA adapters into the weights, as `merge_adapters` does; without importing peft where it can be.
             kwargs: `quantize`, "nf4" or "int8", keeps the language model's matrices in 4 or 8 bits (as the checkpoint says
                 when not given); others are passed to `PreTrainedModel.from_pretrained` (dtype, device_map, ...), for a
-                checkpoint without the language model they go to the language model's loader.
+                checkpoint without the language model they go to the language model's loader; `revision` is the
+                checkpoint's own.
 
         Raises:
             CheckpointError: when the folder or a file in it is missing, truncated or does not fit.

@@ -227,6 +227,11 @@ def _majority(labels: np.ndarray, targets: Targets) -> float:
     return float(np.concatenate(right).mean())
 
 
+def _same_targets(first: Outcome, second: Outcome) -> bool:
+    """Whether there was the same to be lost: where points are grouped otherwise, other places are to be told."""
+    return np.array_equal(first.possible, second.possible)
+
+
 def _differences(probed: Sequence[ProbedModel], seed: int) -> dict[str, list[dict[str, Any]]] | None:
     """Second model minus first, layer by layer; None unless there are two of one depth."""
     if len(probed) != 2 or len(probed[0].layers) != len(probed[1].layers):
@@ -238,8 +243,10 @@ def _differences(probed: Sequence[ProbedModel], seed: int) -> dict[str, list[dic
             for layer, (before, after) in enumerate(zip(first.layers, second.layers, strict=True))
         ]
         for measure in first.layers[0]
-        if measure in second.layers[0]
+        if measure in second.layers[0] and _same_targets(first.layers[0][measure], second.layers[0][measure])
     }
+    for measure in (first.layers[0].keys() & second.layers[0].keys()) - found.keys():
+        say(f"the models are scored against different targets by {measure}, so theirs is not compared")
     if np.array_equal(first.encoder_space.kernel, second.encoder_space.kernel):
         found[CKNNA] = [
             {"layer": layer, **cknna_difference(before, after, first.encoder_space, seed)}

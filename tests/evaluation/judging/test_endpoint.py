@@ -119,6 +119,26 @@ def test_nothing_is_lost_or_judged_twice_whatever_fails(
     assert len(server.prompts) == 30
 
 
+def test_only_replies_that_come_too_late_count_as_such(server: Any, captions_file: Path, tmp_path: Path) -> None:
+    """Of three failures in a row one is a time-out, and two of those may be."""
+    server.plan = lambda prompt, attempt: (
+        "ok" if attempt > 3 or "number 5" not in prompt else ("hang" if attempt == 3 else "429 retry-after=0.02 slow")
+    )
+    summary = judge_answers(captions_file, OPEN, judge_for(server, judge_timeout=0.4), tmp_path / "out.json")
+    assert summary["n"] == 12
+    assert len(server.prompts) == 13
+
+
+def test_other_settings_are_another_judge(server: Any) -> None:
+    usual = judge_for(server).name
+    assert ", settings " not in usual
+    assert judge_for(server, judge_max_tokens=128).name == usual
+    others = [{"judge_max_tokens": 9}, {"judge_extra": '{"seed": 1}'}, {"judge_extra": '{"seed": 2}'}]
+    names = {judge_for(server, **other).name for other in others}
+    assert len(names) == 3
+    assert all(name.startswith(f"{usual}, settings ") for name in names)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_passes_when_it_passes(fault: str, server: Any, captions_file: Path, tmp_path: Path) -> None:
     server.plan = lambda prompt, attempt: "ok" if attempt > 1 or "number 5" not in prompt else fault

@@ -142,6 +142,7 @@ def test_other_weights_are_another_judge(folder: Path, captions_file: Path, tmp_
     (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     second = judge_answers(captions_file, CAPTIONING, judge_for(folder), tmp_path / "b.json")
     assert first["judge_details"]["weights"] != second["judge_details"]["weights"]
+    assert first["judge"] != second["judge"]
     assert second["asked"]["replies"] == 10
 
 
@@ -153,6 +154,7 @@ def test_a_copy_of_the_weights_is_the_same_judge(folder: Path, captions_file: Pa
         (copied / path.name).write_bytes(path.read_bytes())
     second = judge_answers(captions_file, CAPTIONING, judge_for(copied), tmp_path / "b.json")
     assert second["judge_details"]["weights"] == first["judge_details"]["weights"]
+    assert second["judge"] == first["judge"]
 
 
 def test_a_model_without_a_chat_template_continues_the_prompt(

@@ -137,6 +137,11 @@ MODELNET40 = {
     },
     "negation": {
         "This is not a chair.": None,
+        "a non-chair": None,
+        "a non-functional guitar": "guitar",
+        "a not-so-small chair": "chair",
+        "a never-before-seen guitar": "guitar",
+        "a no-frills chair": "chair",
         "It isn't a chair, it's a stool": "stool",
         "It isn\u2019t a chair": None,
         "not a chair but a stool": "stool",

@@ -72,6 +72,10 @@ SCORE_REPLIES: dict[str, float | None] = {
 }
 
 
+def test_no_end_of_digits_is_no_index() -> None:
+    assert not read_reply(load_task("closed-set"), CHAIR, "9" * 5000 + "#chair").valid
+
+
 @pytest.mark.parametrize("text", CLASS_REPLIES)
 def test_class_replies(text: str) -> None:
     verdict = read_reply(load_task("closed-set"), CHAIR, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pointalign.evaluation.judging.prompted import PromptedJudge
 from pointalign.evaluation.judging.prompts import JudgePrompts
 from pointalign.evaluation.judging.replies import UNPRICED, Prices, Reply
 from pointalign.evaluation.records import writable
+from pointalign.judge_settings import MAX_TOKENS
 from pointalign.progress import say
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -68,7 +70,7 @@ class EndpointJudge(PromptedJudge):
         prompts: JudgePrompts,
         base_url: str | None = None,
         api_key: str | None = None,
-        max_tokens: int = 128,
+        max_tokens: int = MAX_TOKENS,
         extra: Mapping[str, Any] | None = None,
         patience: Patience = Patience(),
         prices: Prices = UNPRICED,
@@ -99,6 +101,11 @@ class EndpointJudge(PromptedJudge):
 
     def _options(self) -> dict[str, Any]:
         limit = {"max_tokens": self.max_tokens} if self.max_tokens else {}
+        return {**limit, **({"extra": self.extra} if self.extra else {})}
+
+    def unusual_settings(self) -> dict[str, Any]:
+        """The longest reply, and what is sent along."""
+        limit = {"max_tokens": self.max_tokens} if self.max_tokens != MAX_TOKENS else {}
         return {**limit, **({"extra": self.extra} if self.extra else {})}
 
     def request(self, prompt: str) -> dict[str, Any]:
@@ -195,7 +202,7 @@ class _Session:
 
     async def _reply(self, client: Any, prompt: str) -> Reply:
         """The reply to one prompt, asked again as often as patience allows."""
-        attempt = 0
+        attempt, faults = 0, Counter[str]()
         while True:
             await asyncio.sleep(max(0.0, self.resume_at - time.monotonic()))
             try:
@@ -210,7 +217,8 @@ class _Session:
                     return fault.reply
                 self.reached = self.reached or not fault.unreached
                 attempt += 1
-                await self._wait(fault, attempt, error)
+                faults[fault.what] += 1
+                await self._wait(fault, attempt, faults[fault.what], error)
 
     def _body(self, prompt: str) -> dict[str, Any]:
         judge = self.judge
@@ -219,26 +227,34 @@ class _Session:
             body["max_tokens"] = judge.max_tokens
         return {**body, "extra_body": judge.extra or None}
 
-    async def _wait(self, fault: Fault, attempt: int, error: Exception) -> None:
+    async def _wait(self, fault: Fault, attempt: int, repeated: int, error: Exception) -> None:
         """Sleep until the request may be sent again.
+
+        Args:
+            fault: why the last one failed.
+            attempt: requests so far.
+            repeated: those that failed so.
+            error: what the client said.
 
         Raises:
             JudgeError: when it may not: the fault stays, patience is at its end, or another request has failed.
         """
-        retries = 0 if fault.unreached and not self.reached else min(self.judge.patience.retries, fault.retries)
+        retries = 0 if fault.unreached and not self.reached else self.judge.patience.retries
+        spent = attempt > retries or repeated > fault.retries
         delay = fault.wait or min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_BACKOFF)
-        if attempt > retries or delay > LONGEST_WAIT or self.failure is not None:
-            raise self._end(fault, attempt, delay) from error
+        if spent or delay > LONGEST_WAIT or self.failure is not None:
+            raise self._end(fault, repeated, delay) from error
         now = time.monotonic()
         if now - self.noted_at > SECONDS_BETWEEN_NOTES:
             self.noted_at = now
-            say(f"judge {self.judge.address}: {fault.what}; sent again in {delay:.0f} s ({attempt} of {retries})")
+            most = min(retries, fault.retries)
+            say(f"judge {self.judge.address}: {fault.what}; sent again in {delay:.0f} s ({attempt} of {most})")
         if fault.wait is not None:
             self.resume_at = max(self.resume_at, now + delay)
         await asyncio.sleep(delay)
 
-    def _end(self, fault: Fault, attempt: int, delay: float) -> JudgeError:
-        times = f", {attempt} times" if attempt > 1 else ""
+    def _end(self, fault: Fault, repeated: int, delay: float) -> JudgeError:
+        times = f", {repeated} times" if repeated > 1 else ""
         remedy = fault.remedy
         if delay > LONGEST_WAIT:
             remedy = f"it wants {delay:.0f} s of rest, so run the same command again later"

@@ -16,6 +16,7 @@ from pointalign.evaluation.judging.prompts import JudgePrompts, admissible_repli
 from pointalign.evaluation.judging.replies import Reply
 from pointalign.evaluation.provenance import folder_fingerprint
 from pointalign.evaluation.records import Answer, Task
+from pointalign.judge_settings import MAX_TOKENS
 from pointalign.models.language_model import load_language_model, load_tokenizer, resolve_language_model
 
 
@@ -42,7 +43,7 @@ class LocalJudge(PromptedJudge):
         self,
         model: str | None,
         prompts: JudgePrompts,
-        max_tokens: int = 128,
+        max_tokens: int = MAX_TOKENS,
         batch_size: int = 8,
         constrained: bool = False,
     ) -> None:
@@ -67,6 +68,11 @@ class LocalJudge(PromptedJudge):
     def details(self) -> dict[str, Any]:
         """What a report states of the judge: model, weights, precision, prompt."""
         return {**super().details(), **self._settings()}
+
+    def unusual_settings(self) -> dict[str, Any]:
+        """The longest reply, and the weights of a folder, of which the name tells the last part alone."""
+        limit = {"max_tokens": self.max_tokens} if self.max_tokens != MAX_TOKENS else {}
+        return {**limit, **({"weights": self.weights} if Path(self.model).is_absolute() else {})}
 
     def request(self, prompt: str) -> dict[str, Any]:
         """All that the reply to a prompt depends on, but for rounding, which depends on the batch and the machine."""

@@ -16,6 +16,7 @@ from pointalign.evaluation.records import Answer, Task, Verdict
 TOKEN = re.compile(
     r"-(?:like|shaped|style|styled|sized|inspired|themed)\b|[^\W_]+(?:'[^\W_]+)*|(?<=\s)-(?=\s)|[^\w\s'\"*`_-]"
 )
+NEGATED_WORD = re.compile(r"\b(?:non|no|not|never)(?:-[^\W_]+)+")
 IRREGULAR_PLURALS = {
     "bookshelf": "bookshelves",
     "child": "children",
@@ -118,9 +119,10 @@ def plural(word: str) -> str:
 
 
 def tokenize(text: str) -> list[str]:
-    """Words and punctuation in lower case; hyphens and underscores part words, but for endings such as "-shaped"."""
+    """Words and punctuation in lower case; hyphens and underscores part words, but for endings such as "-shaped" and what
+    begins with a negation, such as "non-stick", which says nothing against the thing behind it."""
     plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'").replace("\n", " . ").replace("_", " ")
-    return TOKEN.findall(plain)
+    return TOKEN.findall(NEGATED_WORD.sub(lambda found: found[0].replace("-", ""), plain))
 
 
 def _is_said_of_the_object(tokens: Sequence[str], mention: Mention, mentions: Sequence[Mention]) -> bool:

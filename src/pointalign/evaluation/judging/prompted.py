@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,9 +35,17 @@ class PromptedJudge:
 
     @property
     def name(self) -> str:
-        """Judge, model and the hash of the prompts; numbers of other prompts do not compare."""
+        """Judge, model, and hashes of the prompts and of unusual settings; numbers of others do not compare."""
         model = Path(self.model).name if Path(self.model).is_absolute() else self.model
-        return f"{self.kind} {model}, prompt {self.prompts.fingerprint}"
+        name = f"{self.kind} {model}, prompt {self.prompts.fingerprint}"
+        if settings := self.unusual_settings():
+            digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+            name += f", settings {digest[:8]}"
+        return name
+
+    def unusual_settings(self) -> dict[str, Any]:
+        """What replies depend on beside model and prompts, where it is not what it is when nobody says."""
+        return {}
 
     def details(self) -> dict[str, Any]:
         """What a report states of the judge beside its name."""

@@ -24,7 +24,7 @@ REQUIRED = {
 PLACEHOLDER = re.compile(r"\{(answer|reference|labels)\}")
 # Models that reason aloud do so before the reply proper; some chat templates write the opening tag themselves.
 THINKING = re.compile(r"\A\s*(?:<think>)?.*?</think>", re.DOTALL)
-CLASS_REPLY = re.compile(r"\s*(-?\d+)\s*#\s*(\S[^\n]*)")
+CLASS_REPLY = re.compile(r"\s*(-?\d{1,6})\s*#\s*(\S[^\n]*)")
 AROUND_NAMES = "\"'`*. "
 SAME_REPLY = re.compile(r"\s*([TF])\s*(?:[#.,:;\n]|\Z)")
 SCORE_REPLY = re.compile(r"\s*(\d{1,3}(?:\.\d+)?)\s*(?:%|/\s*100)?\s*(?:#|\n|\Z)")
