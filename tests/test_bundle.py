@@ -182,6 +182,8 @@ def test_nothing_is_lost_to_a_bundle(runs: Path, tmp_path: Path, write_bundle: C
     ):
         with pytest.raises(CheckpointError, match=told):
             bundle(tuned, out, start)
+    with pytest.raises(CheckpointError, match="it has no name; name a folder"):
+        bundle(tuned, Path("/"), start)
     with pytest.raises(CheckpointError, match=r"nope holds no results; give a folder that `pointalign evaluate` wrote"):
         bundle(tuned, tmp_path / "out", evaluations=[tmp_path / "nope"])
     (start / "model" / "config.json").write_text("{")

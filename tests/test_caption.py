@@ -115,6 +115,48 @@ def test_a_file_that_is_there_is_gone_on_with(folder: Path, capsys: pytest.Captu
     assert Path("sub/out.jsonl").read_bytes() == before
 
 
+def test_the_same_path_in_another_folder_is_another_object(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for scene in ("a", "b"):
+        Path(scene).mkdir()
+        shutil.copy(f"things/{ord(scene) % 5}.npy", f"{scene}/x.npy")
+    os.chdir("a")
+    assert run(capsys, "caption", "x.npy", "--out", "../all.jsonl", *SHORT)[0] == 0
+    os.chdir("../b")
+    status, _, err = run(capsys, "caption", "x.npy", "--out", "../all.jsonl", *SHORT)
+    assert status == 1
+    assert "all.jsonl holds answers with another working folder" in err
+    assert len(rows("../all.jsonl")) == 1
+    # Whole paths mean the same everywhere, and what lies together may move.
+    for scene in ("a", "b"):
+        assert run(capsys, "caption", str(folder / scene / "x.npy"), "--out", "../whole.jsonl", *SHORT)[0] == 0
+        os.chdir("../a")
+    assert len(rows("../whole.jsonl")) == 2
+    os.chdir("..")
+    run(capsys, "caption", "a", "--out", "lines/a.jsonl", *SHORT)
+    Path("moved").mkdir()
+    for name in ("a", "lines"):
+        shutil.move(name, "moved")
+    os.chdir("moved")
+    assert run(capsys, "caption", "a", "--out", "lines/a.jsonl", *SHORT)[1][0]["earlier"] == 1
+
+
+@pytest.mark.parametrize("verb", [("caption", "--question", "caf\udce9?"), ("classify", "--labels", "chair,ch\udce9")])
+def test_words_that_are_not_utf_8_are_one_line(
+    folder: Path, verb: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, verb[0], "things/1.npy", *verb[1:])
+    assert status == 1
+    assert err.splitlines()[-1].endswith("?' is not UTF-8 text; type it anew, or save the file as UTF-8")
+
+
+def test_closed_output_is_told_before_anything_is_loaded(folder: Path) -> None:
+    ran = subprocess.run(
+        f"{sys.executable} -m pointalign caption things/1.npy >&-", shell=True, capture_output=True, text=True
+    )
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines() == ["pointalign: standard output is closed; give --out FILE to keep the lines"]
+
+
 def test_errors_are_tried_again_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "caption", "things", "--out", "out.jsonl", *SHORT)
     np.save("things/few.npy", np.random.default_rng(9).random((60, 3)))

@@ -321,6 +321,14 @@ def test_a_recipe_that_is_forgotten_is_asked_for(given: tuple[str, ...], capsys:
     assert "A recipe that comes with the package, or a YAML file. (required)" in err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_behind_the_output_is_one_line() -> None:
+    ran = subprocess.run(f"{sys.executable} -m pointalign recipes > /dev/full", shell=True, stderr=subprocess.PIPE)
+    assert ran.returncode == 1
+    told = ran.stderr.splitlines()[-1]
+    assert told == b"pointalign: cannot write to standard output: No space left on device; free some space"
+
+
 def test_output_may_be_closed() -> None:
     ran = subprocess.run(f"{sys.executable} -m pointalign --version >&-", shell=True, stderr=subprocess.PIPE)
     assert (ran.returncode, ran.stderr) == (0, b"")

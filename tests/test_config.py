@@ -97,6 +97,8 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
         ("- 1", "must hold `key: value` lines, not a list"),
         ("just words", "must hold `key: value` lines, not a str"),
         ("a: [1", "is not YAML"),
+        ("name: 2026-31-01", "is not YAML: month must be in 1..12"),
+        ("[" * 2000, "is not YAML"),
         ("a: !!python/object/apply:os.getcwd []", "is not YAML"),
         ("? [1, 2]\n: 3", "is not YAML"),
         ("lora: !!map some", "is not YAML"),

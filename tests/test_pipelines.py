@@ -133,6 +133,14 @@ def test_conversations_are_answered(chat: ChatPipeline, points: np.ndarray, tmp_
 
 BAD_INPUTS: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "missing file": ("caption", "missing.ply", {}, "no 3D file at missing.ply"),
+    "half a character": ("chat", np.ones((60, 3)), {"question": "caf\udce9"}, r"'caf\?' is not UTF-8 text"),
+    "no words": ("chat", np.ones((60, 3)), {"question": 3}, "3 is no text; give a string"),
+    "a number as text": (
+        "caption",
+        np.ones((60, 3)),
+        {"max_new_tokens": "4"},
+        "max_new_tokens is a whole number; got '4'",
+    ),
     "a folder": ("caption", "/", {}, "is a folder; give one 3D file"),
     "no object": ("caption", 7, {}, "int is no kind of object"),
     "a dict": ("caption", {"a": 1}, {}, "dict is no kind of object"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from pointalign import load_point_cloud
 from pointalign.cli import main
-from pointalign.errors import CheckpointError, ConfigError
+from pointalign.errors import CheckpointError, ConfigError, DataError
 from pointalign.rendering import VIEWS, ball_size, draw_views, looking, render_file, shade, splat
 
 RED, GREEN, BLUE = np.eye(3)
@@ -100,6 +101,10 @@ def test_the_verb(
     assert "z was up: turned so that y is" in result["notes"]
     with Image.open(tmp_path / "a.png") as image:
         assert image.size[0] > 1000
+    os.rename(tmp_path / "cloud.npy", tmp_path / "clo\udcffud.npy")  # a byte that is not UTF-8
+    assert render_file(str(tmp_path / "clo\udcffud.npy"), tmp_path / "c.png", num_points=100)["points"] == 100
+    with pytest.raises(DataError, match="cannot give 0 points"):
+        render_file(str(tmp_path / "clo\udcffud.npy"), tmp_path / "c.png", num_points=0)
     with pytest.raises(SystemExit) as ended:
         main(["render", str(tmp_path / "none.npy"), "--out", str(tmp_path / "b.png")])
     assert ended.value.code == 1

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pointalign.data.files.cloud import PointCloud
     from pointalign.data.files.load import load_point_cloud
     from pointalign.data.household import load_household
+    from pointalign.errors import PointAlignError
     from pointalign.models.pointalign import PointAlignConfig, PointAlignForConditionalGeneration
     from pointalign.models.processing import PointAlignProcessor
     from pointalign.pipelines import pipeline
@@ -24,6 +25,7 @@ _HOMES = {
     "AlignmentProjector": "pointalign.alignment",
     "AlignmentRegularizer": "pointalign.alignment",
     "PointAlignConfig": "pointalign.models.pointalign",
+    "PointAlignError": "pointalign.errors",
     "PointAlignForConditionalGeneration": "pointalign.models.pointalign",
     "PointAlignProcessor": "pointalign.models.processing",
     "PointCloud": "pointalign.data.files.cloud",
@@ -37,6 +39,7 @@ __all__ = [
     "AlignmentProjector",
     "AlignmentRegularizer",
     "PointAlignConfig",
+    "PointAlignError",
     "PointAlignForConditionalGeneration",
     "PointAlignProcessor",
     "PointCloud",

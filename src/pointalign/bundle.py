@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,6 +77,10 @@ def bundle(run: Path, out: Path, start: Path | None = None, evaluations: Sequenc
             holds no results, or a folder to write holds something else, lies in a run or cannot be written. What was
             there is then left as it was.
     """
+    if out.name in ("", ".."):
+        out = Path(os.path.abspath(out))
+        if not out.name:
+            raise CheckpointError(f"cannot write {out}: it has no name; name a folder")
     model, beside = RunFolder(run).model, out.with_name(f"{out.name}-pretrain")
     _check_model(model)
     if start is not None:

@@ -18,7 +18,7 @@ from rich.text import Text
 from pointalign.answering.answerer import Answerer
 from pointalign.answering.conversation import Conversation
 from pointalign.data.files import PointCloud, load_point_cloud
-from pointalign.errors import ConfigError, PointAlignError
+from pointalign.errors import ConfigError, DataError, PointAlignError
 from pointalign.options import Decoding, Reading
 from pointalign.progress import say
 
@@ -46,6 +46,8 @@ def chat(file: str, answerer: Answerer, decoding: Decoding, reading: Reading) ->
     Raises:
         PointAlignError: for a bad first file, and between pipes for whatever goes wrong.
     """
+    if sys.stdin is None or sys.stdout is None:
+        raise DataError("standard input or output is closed; open both to ask and be answered")
     console = Console() if sys.stdin.isatty() and sys.stdout.isatty() else None
     talk = Talk(answerer, decoding, reading, console)
     talk.load(file)

@@ -113,9 +113,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         if not _is_unread():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain at its end
+        _let_go_of_output()
         status = EXIT_UNREAD
+    except OSError as error:  # of standard output; other files' are told where they come up
+        if debug:
+            raise
+        print(f"pointalign: cannot write to standard output: {error.strerror}; free some space", file=sys.stderr)
+        _let_go_of_output()
+        status = EXIT_FAILED
     sys.exit(status)
+
+
+def _let_go_of_output() -> None:
+    """Write nothing more, or Python would complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _is_unread() -> bool:

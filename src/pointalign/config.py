@@ -301,7 +301,9 @@ BOUNDS: dict[str, tuple[tuple[str, int], ...]] = {
     **dict.fromkeys(("optimizer.warmup_steps", "alignment.weight"), NONE_BELOW_ZERO),
     "data.fraction": (("above", 0), ("at most", 1)),
     **dict.fromkeys((f"model.{name}" for name in ("num_points", *ENCODER_SIZES, *CONNECTOR_SIZES)), COUNT),
-    **dict.fromkeys(("alignment.stop_fraction", "data.size_told"), SHARE),
+    **dict.fromkeys(("alignment.stop_fraction", "data.size_told", "data.balance"), SHARE),
+    "alignment.depth": (("at least", 1), ("at most", 3)),
+    "data.max_length": COUNT,
 }
 
 
@@ -325,7 +327,15 @@ def check_numbers(recipe: Recipe) -> None:
             raise ConfigError(
                 f"data.sets.{number}.batch_size is {settings.batch_size}; give a number that is at least 1"
             )
+    if recipe.alignment.weight and not recipe.alignment.layers:
+        raise ConfigError(
+            "alignment.layers is empty, so nothing would be aligned; name a layer, or set alignment.weight to 0"
+        )
     encoder, connector = recipe.model.point_encoder, recipe.model.connector
+    if len(encoder.group_hidden_sizes) != 3 or min(encoder.group_hidden_sizes) < 1:
+        raise ConfigError(
+            f"model.point_encoder.group_hidden_sizes is {encoder.group_hidden_sizes}; give three widths of 1 or more"
+        )
     for name, width, heads in (
         ("point_encoder.hidden_size", encoder.hidden_size, encoder.num_attention_heads),
         ("connector.qformer_hidden_size", connector.qformer_hidden_size, connector.qformer_heads),
@@ -436,9 +446,12 @@ def read_yaml(text: str) -> Any:
     """What a YAML text says.
 
     Raises:
-        yaml.YAMLError: when it is not YAML, or a key stands twice in one mapping.
+        yaml.YAMLError: when it is not YAML, a key stands twice in one mapping, or a date or number cannot be.
     """
-    return yaml.load(text, Loader=_OnceLoader)
+    try:
+        return yaml.load(text, Loader=_OnceLoader)
+    except (ValueError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
 
 
 def _values(file: Any, above: tuple[str, ...]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def _convert_scalar(kind: type, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif kind is int and isinstance(value, str):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from pointalign.errors import ConfigError
@@ -39,6 +40,10 @@ class Decoding:
     """Of the chance that a temperature lets in."""
 
     def __post_init__(self) -> None:
+        for name, kind in (("max_new_tokens", Integral), ("temperature", Real), ("top_p", Real), ("seed", Integral)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ConfigError(f"{name} is a {'whole ' if kind is Integral else ''}number; got {value!r}")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens {self.max_new_tokens} leaves no room for an answer; give 1 or more")
         if not 0 <= self.temperature <= 100:

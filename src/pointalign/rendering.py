@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from scipy.spatial import KDTree
 
 from pointalign.data.files import load_point_cloud
+from pointalign.data.files.source import printable
 from pointalign.errors import ConfigError
 from pointalign.figures import save_figure
 from pointalign.geometry import normalize_point_cloud
@@ -67,12 +68,13 @@ def render_file(
     if out.suffix.lower() != ".png":
         raise ConfigError(f"cannot draw into {str(out)!r}: pictures are PNGs; name a file that ends in .png")
     processor = load_processor(model) if model is not None else None
-    count = num_points or (processor.num_points if processor else DEFAULT_POINTS)
-    cloud = load_point_cloud(file, n_points=count, **(reading or {}))
+    if num_points is None:
+        num_points = processor.num_points if processor else DEFAULT_POINTS
+    cloud = load_point_cloud(file, n_points=num_points, **(reading or {}))
     notes = list(cloud.notes)
     if cloud.colors is None and processor is not None:
         notes = list(cloud.filled(processor.missing_color).notes)
-    draw_views(cloud.points, cloud.colors, out, title=Path(cloud.source).name, caption="; ".join(notes))
+    draw_views(cloud.points, cloud.colors, out, title=printable(Path(cloud.source).name), caption="; ".join(notes))
     return {"out": str(out), "points": len(cloud), "colored": cloud.colors is not None, "notes": notes}
 
 

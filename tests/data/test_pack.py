@@ -357,6 +357,13 @@ def test_killed_and_run_again_equals_never_stopped(tmp_path, out, shards, monkey
     assert read_again(folder, out, monkeypatch) == []
 
 
+def test_a_link_to_nowhere_is_a_broken_file(folder, out):
+    (folder / "object_999_8192.npy").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"1 of 11 clouds could not be read \(first: .*object_999_8192\.npy is broken"):
+        pack_clouds(folder, out)
+    assert pack_clouds(folder, out, skip_broken=True)["clouds"] == 10
+
+
 def test_broken_files_are_named_and_the_rest_is_packed(folder, out, monkeypatch, capsys):
     broken = {"object_002": b"garbage", "object_009": b""}
     whole = {name: (folder / f"{name}_8192.npy").read_bytes() for name in broken}

@@ -15,6 +15,7 @@ from pointalign.data.household_phrases import CATEGORY_QUESTIONS
 from pointalign.errors import DataError
 from pointalign.evaluation.benchmarks import CAPTION, INSTRUCTION
 from pointalign.evaluation.judges import CLASS_STEM, class_texts, label_log_likelihoods
+from pointalign.models.chat_text import check_text
 from pointalign.options import GREEDY, Decoding
 
 CAPTION_QUESTION = CAPTION
@@ -155,11 +156,13 @@ class Answerer:
         return scores.softmax(dim=-1)
 
     def check_labels(self, labels: Sequence[str], question: str = CLASS_QUESTION) -> None:
-        """Refuse labels that do not fit into the model's context behind the question.
+        """Refuse labels that are no text, or do not fit into the model's context behind the question.
 
         Raises:
-            DataError: when one does not.
+            DataError: when one is not, or does not.
         """
+        for label in labels:
+            check_text(label)
         tokenizer = self.processor.tokenizer
         answers = [tokenizer(CLASS_STEM + text, add_special_tokens=False)["input_ids"] for text in class_texts(labels)]
         self.check_question(question, max(map(len, answers), default=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -84,7 +85,7 @@ def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: R
         lines: LinesFile | StandardOutput = StandardOutput(job.drawn if many.out is None else None)
     else:
         computed = {"model": model_fingerprint(str(folder)), "dtype": _dtype(choice, many)}
-        settings = {**computed, **job.settings, **asdict(reading)}
+        settings = {**computed, **job.settings, **asdict(reading), "working_folder": _start_of(inputs, Path(many.out))}
         lines = LinesFile(Path(many.out), settings, many.retry_errors)
     with closing(lines):
         if inputs[0].path == STANDARD_INPUT and inputs[0].key in lines.done:
@@ -115,6 +116,13 @@ def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: R
         say(f"{run.counts['errors']} of {len(inputs)} objects have no answer; the lines with `error` say why")
     found = {job.name: run.counts[job.name], "errors": run.counts["errors"], "earlier": earlier}
     return {**found, "seconds": round(seconds, 2), "objects_per_second": round(run.answered / max(seconds, 1e-9), 2)}
+
+
+def _start_of(inputs: Sequence[Input], out: Path) -> str | None:
+    """Where relative paths start from, as seen from the lines' folder, so that both may move; None where all are absolute."""
+    if all(os.path.isabs(thing.path) or thing.path == STANDARD_INPUT for thing in inputs):
+        return None
+    return os.path.relpath(os.getcwd(), os.path.abspath(out.parent))
 
 
 @dataclass

@@ -44,9 +44,14 @@ class StandardOutput:
 
     Args:
         drawn: a row as people read it on a terminal, for rich; JSON there too when None.
+
+    Raises:
+        DataError: when it is closed from the start.
     """
 
     def __init__(self, drawn: Callable[[Row], RenderableType] | None = None) -> None:
+        if sys.stdout is None:
+            raise DataError("standard output is closed; give --out FILE to keep the lines")
         self.done: dict[str, bool] = {}
         self._drawn = drawn
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,28 +75,40 @@ class NumpyClouds:
             raise DataError(f"{self.folder} has no cloud of object {object_id}; complete the folder")
         return self.folder / f"{object_id}_{self._endings[object_id]}"
 
-    def states(self, object_ids: Sequence[str]) -> list[tuple[str, int, int]]:
+    def states(self, object_ids: Sequence[str], gone: bool = False) -> list[tuple[str, int, int]]:
         """Name, size in bytes and time of change in nanoseconds of each object's file.
 
+        Args:
+            object_ids: which objects.
+            gone: take a file that is not there, as behind a link to nowhere, for one of size -1.
+
         Raises:
-            DataError: when a file is gone.
+            DataError: when a file cannot be looked at.
         """
         try:
             with ThreadPoolExecutor(ASKERS) as pool:
                 pieces = [object_ids[start : start + PIECE] for start in range(0, len(object_ids), PIECE)]
                 with progress("looking at clouds", len(object_ids), patience=2.0) as advance:
                     states = []
-                    for piece in pool.map(self._states, pieces):
+                    for piece in pool.map(partial(self._states, gone=gone), pieces):
                         states += piece
                         advance(len(piece))
                     return states
         except OSError as error:
             raise DataError(f"cannot look at {error.filename}: {error.strerror}; copy it again") from error
 
-    def _states(self, object_ids: Sequence[str]) -> list[tuple[str, int, int]]:
-        files = [f"{object_id}_{self._endings[object_id]}" for object_id in object_ids]
-        statuses = (os.stat(f"{self.folder}/{name}") for name in files)
-        return [(name, s.st_size, s.st_mtime_ns) for name, s in zip(files, statuses, strict=True)]
+    def _states(self, object_ids: Sequence[str], gone: bool) -> list[tuple[str, int, int]]:
+        found = []
+        for object_id in object_ids:
+            name = f"{object_id}_{self._endings[object_id]}"
+            try:
+                status = os.stat(f"{self.folder}/{name}")
+                found.append((name, status.st_size, status.st_mtime_ns))
+            except FileNotFoundError:
+                if not gone:
+                    raise
+                found.append((name, -1, 0))
+        return found
 
     @property
     def num_bytes(self) -> int:

@@ -102,7 +102,7 @@ def pack_clouds(folder: str | Path, out: str | Path, skip_broken: bool = False, 
 
 def _pack_shards(clouds: NumpyClouds, out: Path, skip_broken: bool, readers: int) -> list[_Packed]:
     object_ids = list(clouds)
-    states = clouds.states(object_ids)
+    states = clouds.states(object_ids, gone=True)  # its shard tells that it is broken
     plan = {
         f"clouds-{start // SHARD_CLOUDS:05d}.parquet": slice(start, start + SHARD_CLOUDS)
         for start in range(0, len(object_ids), SHARD_CLOUDS)

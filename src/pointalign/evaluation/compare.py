@@ -118,10 +118,10 @@ def check_comparable(results: Sequence[Result]) -> None:
                     f"{head['file']} is of {name} {head[name]!r}, {other['file']} of {other[name]!r}; compare results of one "
                     f"{name}"
                 )
-        sets = [one.get("labels") for one in (head, other)]
-        if None not in sets and sets[0] != sets[1]:
+        classes, classes_there = head.get("labels"), other.get("labels")
+        if classes and classes_there and classes != classes_there:
             raise DataError(
-                f"{head['file']} and {other['file']} chose among different classes ({len(sets[0])} and {len(sets[1])}); "
+                f"{head['file']} and {other['file']} chose among different classes ({len(classes)} and {len(classes_there)}); "
                 "evaluate both models with the same --classes"
             )
         asked, asked_there = ({k: q["prompt"] for k, q in one["questions"].items()} for one in (head, other))

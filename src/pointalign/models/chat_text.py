@@ -24,6 +24,18 @@ class Segment(NamedTuple):
     is_answer: bool
 
 
+def check_text(text: object) -> None:
+    """See that something can be told to a language model.
+
+    Raises:
+        DataError: when it is no text, or text with half a character, as bytes that are not UTF-8 become.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{text!r} is no text; give a string")
+    if not text.isascii() and (shown := text.encode("utf-8", "replace").decode()) != text:
+        raise DataError(f"{shown!r} is not UTF-8 text; type it anew, or save the file as UTF-8")
+
+
 def cut_at_answers(
     turns: Sequence[Mapping[str, str]],
     template: Callable[[Sequence[Mapping[str, str]], bool], str],

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from pointalign.errors import CheckpointError, ConfigError, DataError
-from pointalign.models.chat_text import DEFAULT_CHAT_TEMPLATE, Message, Segment, cut_at_answers
+from pointalign.models.chat_text import DEFAULT_CHAT_TEMPLATE, Message, Segment, check_text, cut_at_answers
 from pointalign.models.checkpoint import BUNDLED_MODELS, find_checkpoint, shared_folder
 from pointalign.models.point_clouds import ReadCloud, clean_cloud, sample_cloud
 from pointalign.models.pointalign import PointAlignConfig
@@ -158,10 +158,13 @@ class PointAlignProcessor(ProcessorMixin):
     def _content(self, content: str | Sequence[Mapping[str, Any]]) -> str:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts:
-            if part.get("type") != "point_cloud" and not (part.get("type") == "text" and "text" in part):
+            if part.get("type") == "point_cloud":
+                continue
+            if part.get("type") != "text" or "text" not in part:
                 raise DataError(
                     f'a part of a message is {{"type": "text", "text": ...}} or {{"type": "point_cloud"}}; got {part}'
                 )
+            check_text(part["text"])
         if any(self.point_token in part["text"] for part in parts if part["type"] != "point_cloud"):
             raise DataError(
                 f"a text holds {self.point_token}, the token that stands for a cloud; write it otherwise, or a "

@@ -207,6 +207,9 @@ def test_the_user_may_say_what_columns_are(tmp_path: Path) -> None:
 def test_the_user_may_say_what_full_color_is(tmp_path: Path) -> None:
     rgb = RNG.integers(0, 2, (50, 3))
     path = write(tmp_path / "a.txt", np.hstack([XYZ, rgb]))
+    for full in (0, -5, float("nan"), float("inf")):
+        with pytest.raises(DataError, match="the colour value that means full is above 0"):
+            load_point_cloud(path, color_max=full)
     cloud = load_point_cloud(path, color_max=255)
     assert cloud.colors is not None
     np.testing.assert_allclose(cloud.colors, rgb / 255, atol=1e-7)

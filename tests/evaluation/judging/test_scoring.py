@@ -82,7 +82,7 @@ def test_a_peers_file_is_judged_as_it_is(peer_file: Path, capsys: pytest.Capture
     assert (summary["n"], summary["invalid"], summary["majority_rate"]) == (5, 1, 0.2)
     assert "1 without a class (a random one counts; 60.0 % without it)" in err
     written = json.loads(Path(summary["results"]).read_text())
-    assert Path(summary["results"]) == peer_file.parent / "peer.closed-set.match.json"
+    assert Path(summary["results"]) == peer_file.parent / "peer.closed-set.modelnet40.match.json"
     assert [row["predicted"] for row in written["verdicts"]] == ["airplane", "chair", "night stand", "car", None]
     assert [row["label"] for row in written["verdicts"]] == ["airplane", "chair", "night stand", "plant", "table"]
     assert written["verdicts"][4]["counted"] == random_label(load_task("closed-set").labels, "4", 0)

@@ -90,6 +90,8 @@ def load_point_cloud(
         raise DataError(f"up is 'y' or 'z', not {up!r}")
     if unit is not None and not 0 <= unit < np.inf:
         raise DataError(f"the unit of coordinates is a number of metres, not {unit}; give 0.001 for millimetres")
+    if color_max is not None and not 0 < color_max < np.inf:
+        raise DataError(f"the colour value that means full is above 0, not {color_max}; give 255 for whole bytes")
     # Numbers that overflow are found by what they lead to.
     with open_source(path, format) as source, failures_told(source.name), np.errstate(all="ignore"):
         content = _read(source, columns)

@@ -119,6 +119,8 @@ def open_source(path: str | Path, format: str | None = None) -> Iterator[Source]
     if name.lower().startswith(("http://", "https://", "ftp://", "file://")):
         raise DataError(f"no address is fetched: {name}; download the file and give its path")
     if name == "-":
+        if sys.stdin is None:
+            raise DataError("standard input is closed; give a file, or pipe one in")
         with tempfile.TemporaryFile() as copy:
             _copy_bounded(sys.stdin.buffer, copy)
             yield _source(copy, "standard input", format, None)
@@ -134,6 +136,8 @@ def _opened(path: Path, name: str) -> Iterator[BinaryIO]:
         if path.is_dir():
             raise DataError(f"{name} is a folder; give one 3D file")
         if not path.is_file():
+            if path.exists():
+                raise DataError(f"{name} is no ordinary file; pipe it into `-`")
             raise DataError(f"no 3D file at {name}; check the path")
         raw = ShownFile(path, "rb")
     except OSError as error:

@@ -33,7 +33,7 @@ def judge_file(
         task: what is judged.
         judge: who judges.
         labels: the closed set, see `load_task`.
-        out: JSON file to write; beside the answers, named by task and judge, when None.
+        out: JSON file to write; beside the answers, named by task, classes and judge, when None.
         seed: of the random classes.
         dry_run: show the prompts and how many there are, and ask nothing.
         options: of `build_judge`.
@@ -47,7 +47,8 @@ def judge_file(
     built, what = build_judge(judge, **options), load_task(task, labels)
     if dry_run:
         return preview(answers, what, built)
-    target = out or answers.with_name(f"{answers.stem}.{task}.{_slug(built.name)}.json")
+    classes = f".{_slug(Path(labels).stem)}" if task == "closed-set" else ""
+    target = out or answers.with_name(f"{answers.stem}.{task}{classes}.{_slug(built.name)}.json")
     summary = judge_answers(answers, what, built, target, seed)
     say(tell(summary))
     return summary
