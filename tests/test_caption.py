@@ -126,6 +126,25 @@ def test_the_same_path_in_another_folder_is_another_object(folder: Path, capsys:
     assert status == 1
     assert "all.jsonl holds answers with another working folder" in err
     assert len(rows("../all.jsonl")) == 1
+    # Of a file that says nothing of it, as older ones do, the folder is taken for the one that we are in.
+    told = json.loads(Path("../all.jsonl.settings.json").read_text())
+    assert told.pop("working_folder") == "a"
+    Path("../all.jsonl.settings.json").write_text(json.dumps(told))
+    os.chdir("../a")
+    assert run(capsys, "caption", "x.npy", "--out", "../all.jsonl", *SHORT)[1][0]["earlier"] == 1
+    # Paths that are whole and paths that are not may follow each other, also in a folder that a link leads to.
+    (folder / "link").symlink_to(folder / "things")
+    for number, (path, out) in enumerate(
+        (
+            (str(folder / "things" / "0.npy"), "../things/d.jsonl"),
+            ("../things/1.npy", "../things/d.jsonl"),
+            (str(folder / "things" / "1.npy"), "../link/d.jsonl"),
+        )
+    ):
+        assert run(capsys, "caption", path, "--out", out, *SHORT)[1][0]["earlier"] == number // 2
+    os.chdir("../b")
+    whole = str(folder / "things" / "1.npy")
+    assert run(capsys, "caption", whole, "--out", "../things/d.jsonl", *SHORT)[1][0]["earlier"] == 1
     # Whole paths mean the same everywhere, and what lies together may move.
     for scene in ("a", "b"):
         assert run(capsys, "caption", str(folder / scene / "x.npy"), "--out", "../whole.jsonl", *SHORT)[0] == 0

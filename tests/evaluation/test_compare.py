@@ -116,9 +116,14 @@ def test_other_classes_do_not_compare(result_file: WriteResult, tmp_path: Path) 
 def test_a_comparison_takes_no_results_place(result_file: WriteResult, tmp_path: Path) -> None:
     first, second = result_file("a", FIRST), result_file("b", SECOND)
     before = first.read_text()
-    with pytest.raises(DataError, match="holds one of the results that are compared, which would be lost"):
-        compare([first], [second], first.parent)
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "report.md").write_text("An overview.")
+    for place in (first.parent, result_file("of a third", FIRST).parent, tmp_path / "evaluation"):
+        with pytest.raises(DataError, match="holds an evaluation's result or report, which would be lost"):
+            compare([first], [second], place)
     assert first.read_text() == before
+    for _ in range(2):
+        compare([first], [second], tmp_path / "out")
 
 
 def test_several_questions_are_compared_together_and_each(result_file: WriteResult, tmp_path: Path) -> None:

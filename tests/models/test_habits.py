@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from pointalign.alignment import AlignmentRegularizer
 from pointalign.config import LoraSettings
 from pointalign.errors import ConfigError, DataError
 from pointalign.models import checkpoint
+from pointalign.models import pointalign as pointalign_module
 from pointalign.models.pointalign import PointAlignConfig
 from pointalign.parts import add_lora, select_parts
 from pointalign.runs import cast_frozen
@@ -81,6 +84,29 @@ def test_guessing_ahead_is_refused_where_a_cloud_is_and_right_elsewhere(
         assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **guess, **GREEDY), greedy)
     with pytest.raises(ConfigError, match="prompt_lookup_num_tokens"):
         model.generate(**asked, generation_config=GenerationConfig(prompt_lookup_num_tokens=3, **GREEDY))
+
+
+def test_text_without_a_cache_may_draw_the_clouds_token(model: Any) -> None:
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[model.config.point_token_id] = 10 * head.mean(dim=0)
+    ids = torch.arange(12).unsqueeze(0)
+    mask, point = torch.ones_like(ids), model.config.point_token_id
+    options = {**GREEDY, "bad_words_ids": [[word] for word in range(260) if word != point]}
+    assert model.generate(ids, attention_mask=mask, use_cache=False, **options)[0, 12:].tolist() == [point] * 6
+
+
+def test_a_compiled_language_model_runs_compiled(model: Any, asked: Any) -> None:
+    expected, ran = model.generate(**asked, **GREEDY), []
+
+    def backend(graph: Any, _: Any) -> Any:
+        ran.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.language_model = torch.compile(model.language_model, backend=backend)
+    assert torch.equal(model.generate(**asked, **GREEDY), expected)
+    assert ran
 
 
 def test_inputs_is_another_name_of_the_ids(model: Any, asked: Any) -> None:
@@ -196,8 +222,13 @@ def test_a_head_that_is_the_embedding_stays_so(build_model: Any, asked: Any, tmp
     adapted(model)
     select_parts(model, ["language_model_lora"])
     cast_frozen(model)
+    gathered = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "gathered", state_dict=gathered)
     model.save_pretrained(tmp_path / "trained")
     assert "language_model.lm_head.weight" not in load_file(tmp_path / "trained" / "model.safetensors")
+    copied = load_file(tmp_path / "gathered" / "model.safetensors")
+    head = copied.get("language_model.lm_head.weight")
+    assert head is None or torch.equal(head, copied["language_model.model.embed_tokens.weight"])
     base = reloaded(tmp_path / "trained").language_model.get_base_model()
     assert base.lm_head.weight is base.get_input_embeddings().weight
     alone = reloaded(tmp_path / "trained")
@@ -213,12 +244,27 @@ def test_an_adapter_that_no_folder_would_hold_is_refused(model: Any, tmp_path: P
     assert not (tmp_path / "lost").exists()
 
 
-def test_a_compiled_language_model_is_saved_as_it_is(model: Any, asked: Any, tmp_path: Path) -> None:
-    model.language_model = get_peft_model(model.language_model, LoraConfig(r=2, target_modules=["q_proj"]))
+@pytest.mark.parametrize("what", ["all of it", "inside the adapter", "one block", "the connector", "the whole model"])
+def test_what_is_compiled_is_saved_as_it_is(model: Any, asked: Any, tmp_path: Path, what: str) -> None:
+    compiled = partial(torch.compile, backend="eager")
+    if what == "inside the adapter":
+        model.language_model = compiled(model.language_model)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["input_layernorm"])
+    model.language_model = get_peft_model(model.language_model, settings)
+    model.connector.qformer = get_peft_model(model.connector.qformer, LoraConfig(r=2, target_modules=["query"]))
     randomize(model.language_model, 3)
-    expected = logits(model, asked)
-    model.language_model = torch.compile(model.language_model, backend="eager")
-    model.save_pretrained(tmp_path)
+    randomize(model.connector.qformer, 4)
+    expected, state = logits(model, asked), None
+    if what == "all of it":
+        model.language_model = compiled(model.language_model)
+    elif what == "one block":
+        blocks = model.language_model.get_base_model().model.layers
+        blocks[1] = compiled(blocks[1])
+    elif what == "the connector":
+        model.connector = compiled(model.connector)
+    elif what == "the whole model":
+        state = compiled(model).state_dict()
+    model.save_pretrained(tmp_path, state_dict=state)
     torch.testing.assert_close(logits(reloaded(tmp_path), asked), expected)
 
 
@@ -235,18 +281,24 @@ def test_what_the_hub_is_asked_for(model: Any, tmp_path: Path, monkeypatch: pyte
     assert fetched == [("me/model", {"revision": "v1", "token": "t", "cache_dir": "c"})]
 
 
-def test_an_upload_holds_the_adapters(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uploaded = []
+def test_an_upload_holds_what_was_saved(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, uploaded = [], []
 
-    def push(self: Any, repo_id: str, **options: Any) -> None:
-        self.save_pretrained(tmp_path / "sent", max_shard_size="50GB")
-        uploaded.append((repo_id, options, (tmp_path / "sent" / "language_model_adapter").is_dir()))
+    def create(name: str, **options: Any) -> Any:
+        made.append((name, options))
+        return SimpleNamespace(repo_id=f"me/{name}")
 
-    monkeypatch.setattr(type(model), "push_to_hub", push)
-    adapted(model).save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
-    assert uploaded == [("mine", {"private": True}, True)]
-    with pytest.raises(ConfigError, match="push_to_hub does not know self_contained"):
-        model.save_pretrained(tmp_path / "mine", self_contained=False, push_to_hub=True)
+    def upload(folder_path: Path, **options: Any) -> None:
+        files = {path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*")}
+        uploaded.append((options, "language_model_adapter/adapter_model.safetensors" in files))
+
+    monkeypatch.setattr(pointalign_module, "create_repo", create)
+    monkeypatch.setattr(pointalign_module, "upload_folder", upload)
+    adapted(model).save_pretrained(tmp_path / "mine", push_to_hub=True, private=True, commit_message="First.")
+    assert made == [("mine", {"exist_ok": True, "private": True})]
+    assert uploaded == [({"repo_id": "me/mine", "token": None, "commit_message": "First."}, True)]
+    model.save_pretrained(tmp_path / "mine", push_to_hub=True, is_main_process=False)
+    assert len(uploaded) == 1, "one process uploads"
 
 
 def test_given_settings_of_answers_are_kept(model: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pointalign.answering.answerer import Answerer
 from pointalign.answering.cluster import OnRay
 from pointalign.answering.inputs import STANDARD_INPUT, Input, find_inputs
-from pointalign.answering.lines import Answers, LinesFile, Row, StandardOutput
+from pointalign.answering.lines import WORKING_FOLDER, Answers, LinesFile, Row, StandardOutput
 from pointalign.answering.loading import choose_device, choose_dtype, fetch_model, load_answerer, short_dtype
 from pointalign.answering.reading import read_clouds, reading_processes
 from pointalign.errors import ConfigError, DataError
@@ -85,7 +85,7 @@ def answer_files(paths: Sequence[str], job: Job, choice: ModelChoice, reading: R
         lines: LinesFile | StandardOutput = StandardOutput(job.drawn if many.out is None else None)
     else:
         computed = {"model": model_fingerprint(str(folder)), "dtype": _dtype(choice, many)}
-        settings = {**computed, **job.settings, **asdict(reading), "working_folder": _start_of(inputs, Path(many.out))}
+        settings = {**computed, **job.settings, **asdict(reading), WORKING_FOLDER: _start_of(inputs, Path(many.out))}
         lines = LinesFile(Path(many.out), settings, many.retry_errors)
     with closing(lines):
         if inputs[0].path == STANDARD_INPUT and inputs[0].key in lines.done:
@@ -122,7 +122,7 @@ def _start_of(inputs: Sequence[Input], out: Path) -> str | None:
     """Where relative paths start from, as seen from the lines' folder, so that both may move; None where all are absolute."""
     if all(os.path.isabs(thing.path) or thing.path == STANDARD_INPUT for thing in inputs):
         return None
-    return os.path.relpath(os.getcwd(), os.path.abspath(out.parent))
+    return os.path.relpath(os.getcwd(), os.path.realpath(out.parent))
 
 
 @dataclass

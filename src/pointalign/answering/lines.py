@@ -17,6 +17,8 @@ from pointalign.storage import taken_lock, write_text, written_file
 
 Row = dict[str, Any]
 PIECE = 2**16
+# Of the settings: where relative paths start from, as seen from the lines' folder; None while there are none.
+WORKING_FOLDER = "working_folder"
 
 
 class Answers(NamedTuple):
@@ -87,7 +89,7 @@ class LinesFile:
 
     Args:
         path: the file.
-        settings: what the rows depend on.
+        settings: what the rows depend on; of `WORKING_FOLDER` a file that has none yet learns.
         retry_errors: drop rows with an error, to try them again.
 
     Attributes:
@@ -102,6 +104,7 @@ class LinesFile:
             raise DataError(f"cannot write {str(path)!r}: it is a folder; name a file")
         self.path = path
         self.settings_file = path.with_name(path.name + ".settings.json")
+        self._start = os.getcwd()
         self._lock = taken_lock(self.path).lock
         with ExitStack() as undo:
             undo.callback(self._lock.release)
@@ -130,6 +133,13 @@ class LinesFile:
                 f"{self.path} is there already, but {self.settings_file.name}, which says how it was made, is missing or "
                 "broken; name another --out, or delete both"
             ) from error
+        here = settings.get(WORKING_FOLDER)
+        if here is not None and saved.get(WORKING_FOLDER) is None:
+            saved[WORKING_FOLDER] = here
+            write_text(self.settings_file, json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+        settings = {**settings, WORKING_FOLDER: saved.get(WORKING_FOLDER) if here is None else here}
+        if (start := saved.get(WORKING_FOLDER)) is not None:
+            self._start = os.path.normpath(os.path.join(os.path.realpath(self.path.parent), start))
         changed = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
         if changed:
             raise DataError(
@@ -153,7 +163,7 @@ class LinesFile:
             for number, line in enumerate(file, start=1):
                 try:
                     row = json.loads(line)
-                    yield os.path.abspath(row["path"]), "error" in row
+                    yield os.path.normpath(os.path.join(self._start, row["path"])), "error" in row
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(
                         f"{self.path}, line {number} is broken ({type(error).__name__}); mend it, or name another --out"

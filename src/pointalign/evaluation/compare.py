@@ -18,6 +18,7 @@ from pointalign.storage import write_text
 
 VERSUS = "vs"
 ACCURACY, SCORE = "accuracy", "score"
+REPORT_FILE = "report.md"
 
 Result = Mapping[str, Any]
 # An object and a question about it.
@@ -60,6 +61,8 @@ def compare(
     Raises:
         DataError: when the results are of different benchmarks, judges, questions or objects.
     """
+    folder = Path(out)
+    _check_place(folder)
     before, after = ([read_results(path) for path in paths] for paths in (first, second))
     check_comparable([*before, *after])
     names = common_measures([*before, *after])
@@ -75,15 +78,24 @@ def compare(
         "measures": measures,
     }
     rows = disagreements(before, after, names[0])
-    folder = Path(out)
-    if (folder / RESULTS_FILE).resolve() in {Path(one["file"]).resolve() for one in [*before, *after]}:
-        raise DataError(f"{folder} holds one of the results that are compared, which would be lost; name another --out")
     content = {**result, "disagreements": rows}
     write_text(folder / RESULTS_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    write_text(folder / "report.md", "\n".join(comparison_lines(result, rows)) + "\n")
+    write_text(folder / REPORT_FILE, "\n".join(comparison_lines(result, rows)) + "\n")
     for warning in warnings_of(result):
         say(f"warning: {warning}")
-    return {**result, "report": str(folder / "report.md")}
+    return {**result, "report": str(folder / REPORT_FILE)}
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse a folder whose result or report is no comparison's."""
+    try:
+        is_ours = "measures" in json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        is_ours = not (folder / REPORT_FILE).exists()
+    except ValueError:
+        is_ours = False
+    if not is_ours:
+        raise DataError(f"{folder} holds an evaluation's result or report, which would be lost; name another --out")
 
 
 def warnings_of(result: Mapping[str, Any]) -> list[str]:

@@ -12,20 +12,22 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from pointalign.errors import CheckpointError, ConfigError
 from pointalign.models.folding import fold_adapter
-from pointalign.models.language_model import load_language_model
+from pointalign.models.language_model import COMPILED, load_language_model, uncompiled
 from pointalign.models.quantization import adopt, kept_whole, language_model_weights, quantization_config
+from pointalign.storage import written_file
 
 ADAPTED_PARTS = ("language_model", "connector.qformer")
-WEIGHTS_FILE, ONE_FILE = "model.safetensors", "1000GB"
-COMPILED = "._orig_mod."  # how torch.compile names what it wraps
+WEIGHTS_FILE, ADAPTER_FILE, ONE_FILE = "model.safetensors", "adapter_model.safetensors", "1000GB"
+# Weights of these may be infinite or no number.
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What says where on the Hub a checkpoint is, and how it is fetched.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -54,9 +56,10 @@ def plain_state_dict(model: nn.Module, given: Mapping[str, Tensor] | None = None
     Raises:
         ConfigError: when there is an adapter that would be saved nowhere.
     """
+    whole = model.state_dict() if given is None else given
     adapted = tuple(f"{part}." for part in ADAPTED_PARTS if is_adapted(_part(model, part)))
     state = {}
-    for name, tensor in (model.state_dict() if given is None else given).items():
+    for name, tensor in {_uncompiled_name(name): tensor for name, tensor in whole.items()}.items():
         if name.startswith("alignment_regularizer."):
             continue
         if is_adapters(name):
@@ -66,10 +69,15 @@ def plain_state_dict(model: nn.Module, given: Mapping[str, Tensor] | None = None
                     "model.language_model = peft.get_peft_model(model.language_model, ...)"
                 )
             continue
-        for wrapping in (".base_model.model.", ".base_layer.", ".original_module.", COMPILED):
+        for wrapping in (".base_model.model.", ".base_layer.", ".original_module."):
             name = name.replace(wrapping, ".")
         state[name] = tensor
     return state
+
+
+def _uncompiled_name(name: str) -> str:
+    """A weight's name in the model that was not compiled, or of which no block was."""
+    return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 def is_adapters(name: str) -> bool:
@@ -97,12 +105,13 @@ def save_own_weights(
             state.update(_weights_as_they_came(model, reference or model.weights_folder))
         elif model.rounded_from is not None:
             came = _weights_as_they_came(model, model.rounded_from)
-            rounded = {
-                name: t for name, t in state.items() if name.startswith("language_model.") and t.dtype == torch.bfloat16
-            }
+            names = (name for name, tensor in state.items() if tensor.dtype == torch.bfloat16)
+            rounded = [name for name in names if name.startswith("language_model.")]
             # A head that is the embedding is in no file of its own.
-            places = {tensor.data_ptr(): came[name] for name, tensor in rounded.items() if name in came}
-            state.update({name: places[t.data_ptr()] for name, t in rounded.items() if t.data_ptr() in places})
+            own = state if state_dict is None else plain_state_dict(model)
+            places = {name: own[name].data_ptr() for name in rounded}
+            restored = {places[name]: came[name] for name in rounded if name in came}
+            state.update({name: restored[place] for name, place in places.items() if place in restored})
     elif reference is None:
         raise ConfigError(
             "config.language_model does not say where the language model is, so its weights cannot be left out"
@@ -118,11 +127,9 @@ def save_own_weights(
         module = _part(model, part)
         if is_adapted(module) and is_main_process:
             # peft would add embedding and head wherever the vocabulary has grown; they are the language model's own.
-            module.save_pretrained(
-                str(folder / adapter_folder(part)),
-                save_embedding_layers=False,
-                state_dict=None if state_dict is None else _part_of(state_dict, part),
-            )
+            given = None if state_dict is None else _part_of(state_dict, part)
+            module.save_pretrained(str(folder / adapter_folder(part)), save_embedding_layers=False, state_dict=given)
+            _drop_compiled_names(folder / adapter_folder(part) / ADAPTER_FILE)
 
 
 def _weights_as_they_came(model: Any, source: str | Path) -> dict[str, Tensor]:
@@ -142,18 +149,33 @@ def _weights_as_they_came(model: Any, source: str | Path) -> dict[str, Tensor]:
 def _part(model: nn.Module, name: str) -> Any:
     module: Any = model
     for attribute in name.split("."):
-        module = getattr(module, attribute, None)
-    return getattr(module, COMPILED.strip("."), module)
+        module = uncompiled(getattr(module, attribute, None))
+    return module
 
 
 def _part_of(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """What a state holds of a part, as the part names it."""
-    start = f"{part}."
-    return {
-        name.removeprefix(start).removeprefix(COMPILED[1:]): tensor
-        for name, tensor in state.items()
-        if name.startswith(start)
-    }
+    """What a state holds of a part, as the part names it: without what compiling put before and around the part."""
+    found = {}
+    for name, tensor in state.items():
+        left = name.split(".")
+        for attribute in (*part.split("."), ""):
+            while left[0] == COMPILED:
+                left.pop(0)
+            if attribute and left.pop(0) != attribute:
+                break
+        else:
+            found[".".join(left)] = tensor
+    return found
+
+
+def _drop_compiled_names(file: Path) -> None:
+    """Write an adapter's file as that of a model of which no block was compiled."""
+    with safe_open(file, "pt") as opened:
+        names, metadata = list(opened.keys()), opened.metadata()
+    if any(name != _uncompiled_name(name) for name in names):
+        state = {_uncompiled_name(name): tensor for name, tensor in load_file(file).items()}
+        with written_file(file) as temporary:
+            save_file(state, temporary, metadata)
 
 
 def resolve_model(name: str | Path | None = None) -> str:
@@ -341,7 +363,7 @@ def _folded(model: Any, part: str, path: Path) -> bool:
         return False  # see `merge_adapters`
     try:
         settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        state = load_file(path / "adapter_model.safetensors")
+        state = load_file(path / ADAPTER_FILE)
     except (OSError, ValueError, SafetensorError):
         return False  # peft says what is missing or broken
     if not fold_adapter(_part(model, part), settings, state):
@@ -394,7 +416,7 @@ def check_weights(model: nn.Module, name: str) -> None:
         CheckpointError: when a weight is not finite.
     """
     for parameter, weight in model.named_parameters():
-        if weight.is_floating_point() and not weight.isfinite().all():
+        if weight.dtype in NUMBERS and not weight.is_meta and not weight.isfinite().all():
             raise CheckpointError(
                 f"{name} has weights that are no finite numbers ({parameter}); train or import it again"
             )

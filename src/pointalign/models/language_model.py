@@ -208,14 +208,23 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
             weight.data = weight.data.to(dtype)
 
 
+COMPILED = "_orig_mod"  # how torch.compile names what it wraps
+
+
+def uncompiled(module: Any) -> Any:
+    """What torch.compile wrapped, or the module itself; an adapter's wrapper passes the question on, so it is not asked."""
+    return getattr(module, "_modules", {}).get(COMPILED, module)
+
+
 def takes(language_model: PreTrainedModel, argument: str) -> bool:
     """Whether a language model's own forward, adapted or not, names an argument.
 
     Without `position_ids` it counts by the mask, or need not know where tokens stand; without `past_key_values` it keeps a
     state of its own kind.
     """
-    adapted: Any = getattr(language_model, "get_base_model", None)
-    return _takes(type(adapted() if adapted else language_model), argument)
+    plain: Any = uncompiled(language_model)
+    adapted = getattr(plain, "get_base_model", None)
+    return _takes(type(uncompiled(adapted()) if adapted else plain), argument)
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import create_repo, upload_folder
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -39,8 +40,8 @@ from pointalign.models.point_encoder import PointEncoder, PointEncoderConfig
 
 # Ways of transformers to guess tokens ahead. From embeddings, which hold a cloud, it guesses wrong.
 GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-# What `push_to_hub` takes of `save_pretrained`'s arguments.
-UPLOADING = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+# What an upload's commit is told.
+COMMIT = ("commit_message", "commit_description", "revision", "create_pr")
 
 
 def _is_begun(cache: Any) -> bool:
@@ -404,14 +405,13 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
             if point_clouds is not None:
                 point_tokens = self.encode_points(point_clouds).point_tokens
-            embeds = self.embed_inputs(input_ids, point_tokens)
-            if point_tokens is not None:
-                kwargs["inputs_embeds"] = embeds
-        if kwargs.get("inputs_embeds") is not None:
             settings = kwargs.get("generation_config") or self.generation_config
             guessing = [name for name in GUESSING if kwargs.get(name, getattr(settings, name, None)) is not None]
-            if guessing:
+            if guessing and point_tokens is not None:
                 raise ConfigError(f"{guessing[0]} gives other tokens where a prompt holds a cloud; leave it out")
+            embeds = self.embed_inputs(input_ids, point_tokens)
+            if not guessing:
+                kwargs["inputs_embeds"] = embeds
         if not takes(self.language_model, "past_key_values"):  # how its state is kept, it knows itself
             kwargs.setdefault("generation_config", self.generation_config)
             return self.language_model.generate(input_ids=input_ids, **kwargs)
@@ -429,21 +429,23 @@ class PointAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):
             save_directory: the folder.
             self_contained: True writes the language model's weights too and forgets where they came from; False leaves
                 them out; None leaves them out when `config.language_model` is set.
-            kwargs: passed to `PreTrainedModel.save_pretrained`; those of `push_to_hub` to that.
+            kwargs: passed to `PreTrainedModel.save_pretrained`. With `push_to_hub=True` the folder is uploaded as it is then,
+                to `repo_id`, with `private`, `token` and what a commit is told (`commit_message`, `revision`, ...).
 
         Raises:
             ConfigError: when the folder would lack weights: the language model's, or those of an adapter that is not peft's
-                wrapper around it; or when a folder of another kind than None gives is to be uploaded.
+                wrapper around it.
         """
-        by_default, folder = self.config.language_model is None, Path(save_directory)
-        wanted = by_default if self_contained is None else self_contained
+        folder = Path(save_directory)
+        if self_contained is None:
+            self_contained = self.config.language_model is None
         upload, repository = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
-        uploading = {name: kwargs.pop(name) for name in UPLOADING if name in kwargs}
-        if upload and wanted != by_default:
-            raise ConfigError("push_to_hub does not know self_contained; save the folder, then upload it by: hf upload")
-        save_own_weights(self, folder, wanted, super().save_pretrained, **kwargs)
-        if upload:  # once the adapters are there
-            self.push_to_hub(repository, **uploading)
+        place = {name: kwargs.pop(name) for name in ("private", "token") if name in kwargs}
+        commit = {name: kwargs.pop(name) for name in COMMIT if name in kwargs}
+        save_own_weights(self, folder, self_contained, super().save_pretrained, **kwargs)
+        if upload and kwargs.get("is_main_process", True):  # once the adapters are there
+            repository = create_repo(repository, exist_ok=True, **place).repo_id
+            upload_folder(repo_id=repository, folder_path=folder, token=place.get("token"), **commit)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]

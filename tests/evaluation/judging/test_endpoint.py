@@ -18,7 +18,7 @@ import pytest
 
 from pointalign.cli import main
 from pointalign.errors import ConfigError, JudgeError, MissingDependencyError
-from pointalign.evaluation.judging import build_judge, judge_answers, load_task
+from pointalign.evaluation.judging import build_judge, endpoint, judge_answers, load_task
 from pointalign.evaluation.judging.endpoint import _run
 from pointalign.evaluation.records import Task
 
@@ -127,6 +127,21 @@ def test_only_replies_that_come_too_late_count_as_such(server: Any, captions_fil
     summary = judge_answers(captions_file, OPEN, judge_for(server, judge_timeout=0.4), tmp_path / "out.json")
     assert summary["n"] == 12
     assert len(server.prompts) == 13
+
+
+def test_notes_count_what_they_bound(
+    server: Any,
+    captions_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(endpoint, "SECONDS_BETWEEN_NOTES", -1.0)
+    faults = ["429 retry-after=0.02 slow"] * 4 + ["hang"]
+    server.plan = lambda prompt, attempt: "ok" if "number 5" not in prompt else [*faults, "ok"][min(attempt, 6) - 1]
+    judge_answers(captions_file, OPEN, judge_for(server, judge_timeout=0.4), tmp_path / "out.json")
+    notes = [line.rpartition(" s ")[2] for line in capsys.readouterr().err.splitlines() if "sent again in" in line]
+    assert notes == ["(1 of 6)", "(2 of 6)", "(3 of 6)", "(4 of 6)", "(1 of 2)"]
 
 
 def test_other_settings_are_another_judge(server: Any) -> None:

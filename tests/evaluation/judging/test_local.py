@@ -146,7 +146,9 @@ def test_other_weights_are_another_judge(folder: Path, captions_file: Path, tmp_
     assert second["asked"]["replies"] == 10
 
 
-def test_a_copy_of_the_weights_is_the_same_judge(folder: Path, captions_file: Path, tmp_path: Path) -> None:
+def test_a_copy_of_the_weights_is_the_same_judge(
+    folder: Path, captions_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = judge_answers(captions_file, CAPTIONING, judge_for(folder), tmp_path / "a.json")
     copied = tmp_path / "elsewhere" / folder.name
     copied.mkdir(parents=True)
@@ -155,6 +157,8 @@ def test_a_copy_of_the_weights_is_the_same_judge(folder: Path, captions_file: Pa
     second = judge_answers(captions_file, CAPTIONING, judge_for(copied), tmp_path / "b.json")
     assert second["judge_details"]["weights"] == first["judge_details"]["weights"]
     assert second["judge"] == first["judge"]
+    monkeypatch.chdir(folder.parent)
+    assert judge_for(Path(folder.name)).name == first["judge"]
 
 
 def test_a_model_without_a_chat_template_continues_the_prompt(

@@ -138,6 +138,7 @@ MODELNET40 = {
     "negation": {
         "This is not a chair.": None,
         "a non-chair": None,
+        "It is not-a chair": None,
         "a non-functional guitar": "guitar",
         "a not-so-small chair": "chair",
         "a never-before-seen guitar": "guitar",
@@ -248,6 +249,19 @@ def test_modelnet40_has_its_indices_and_household_its_classes() -> None:
     assert [labels[index] for index in (0, 8, 15, 23, 39)] == ["airplane", "chair", "flower pot", "night stand", "xbox"]
     assert list(labels) == sorted(labels)
     assert list(read_label_set("household")[0]) == household_classes()
+
+
+def test_names_that_begin_with_a_negation() -> None:
+    finder = NameFinder(["no-parking sign", "non stick pan", "stop sign", "pan"], {})
+    for text, label in {
+        "a no-parking sign": "no-parking sign",
+        "a no parking sign": "no-parking sign",
+        "non-stick pans": "non stick pan",
+        "a nonstick pan": "non stick pan",
+        "no pan": None,
+        "not a stop sign": None,
+    }.items():
+        assert finder.find(text) == label, text
 
 
 def test_plurals() -> None:

@@ -247,8 +247,8 @@ class _Session:
         now = time.monotonic()
         if now - self.noted_at > SECONDS_BETWEEN_NOTES:
             self.noted_at = now
-            most = min(retries, fault.retries)
-            say(f"judge {self.judge.address}: {fault.what}; sent again in {delay:.0f} s ({attempt} of {most})")
+            count, most = (repeated, fault.retries) if fault.retries < retries else (attempt, retries)
+            say(f"judge {self.judge.address}: {fault.what}; sent again in {delay:.0f} s ({count} of {most})")
         if fault.wait is not None:
             self.resume_at = max(self.resume_at, now + delay)
         await asyncio.sleep(delay)

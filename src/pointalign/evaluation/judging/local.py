@@ -72,7 +72,12 @@ class LocalJudge(PromptedJudge):
     def unusual_settings(self) -> dict[str, Any]:
         """The longest reply, and the weights of a folder, of which the name tells the last part alone."""
         limit = {"max_tokens": self.max_tokens} if self.max_tokens != MAX_TOKENS else {}
-        return {**limit, **({"weights": self.weights} if Path(self.model).is_absolute() else {})}
+        return {**limit, **({"weights": self.weights} if Path(self.model).is_dir() else {})}
+
+    @property
+    def told_model(self) -> str:
+        """The model's name; of a folder the last part of its path."""
+        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
 
     def request(self, prompt: str) -> dict[str, Any]:
         """All that the reply to a prompt depends on, but for rounding, which depends on the batch and the machine."""

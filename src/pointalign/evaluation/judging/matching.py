@@ -16,7 +16,8 @@ from pointalign.evaluation.records import Answer, Task, Verdict
 TOKEN = re.compile(
     r"-(?:like|shaped|style|styled|sized|inspired|themed)\b|[^\W_]+(?:'[^\W_]+)*|(?<=\s)-(?=\s)|[^\w\s'\"*`_-]"
 )
-NEGATED_WORD = re.compile(r"\b(?:non|no|not|never)(?:-[^\W_]+)+")
+NEGATIONS = ("non", "no", "not", "never")
+NEGATED_WORD = re.compile(rf"\b(?:{'|'.join(NEGATIONS)})(?!-an?\b)(?:-[^\W_]+)+")
 IRREGULAR_PLURALS = {
     "bookshelf": "bookshelves",
     "child": "children",
@@ -67,7 +68,7 @@ class NameFinder:
             (words, label)
             for label in (NO_CLASS, *labels)
             for name in (*synonyms.get(plain_name(label), ()), label)
-            if (words := tuple(tokenize(name)))
+            for words in _spellings(name)
         ]
         # A name that is given counts before a plural that is made: "glasses" beside "glass".
         self.names = {(*words[:-1], plural(words[-1])): label for words, label in told} | dict(told)
@@ -121,8 +122,19 @@ def plural(word: str) -> str:
 def tokenize(text: str) -> list[str]:
     """Words and punctuation in lower case; hyphens and underscores part words, but for endings such as "-shaped" and what
     begins with a negation, such as "non-stick", which says nothing against the thing behind it."""
-    plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'").replace("\n", " . ").replace("_", " ")
-    return TOKEN.findall(NEGATED_WORD.sub(lambda found: found[0].replace("-", ""), plain))
+    return TOKEN.findall(NEGATED_WORD.sub(lambda found: found[0].replace("-", ""), _plain(text)))
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'").replace("\n", " . ").replace("_", " ")
+
+
+def _spellings(name: str) -> list[tuple[str, ...]]:
+    """A name's words; of "no-parking sign" also those that an answer with the hyphen has."""
+    words = tuple(TOKEN.findall(_plain(name)))
+    if len(words) > 1 and words[0] in NEGATIONS:
+        return [words, (words[0] + words[1], *words[2:])]
+    return [words] if words else []
 
 
 def _is_said_of_the_object(tokens: Sequence[str], mention: Mention, mentions: Sequence[Mention]) -> bool:

@@ -36,12 +36,16 @@ class PromptedJudge:
     @property
     def name(self) -> str:
         """Judge, model, and hashes of the prompts and of unusual settings; numbers of others do not compare."""
-        model = Path(self.model).name if Path(self.model).is_absolute() else self.model
-        name = f"{self.kind} {model}, prompt {self.prompts.fingerprint}"
+        name = f"{self.kind} {self.told_model}, prompt {self.prompts.fingerprint}"
         if settings := self.unusual_settings():
             digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
             name += f", settings {digest[:8]}"
         return name
+
+    @property
+    def told_model(self) -> str:
+        """The model's name; of a path the last part."""
+        return Path(self.model).name if Path(self.model).is_absolute() else self.model
 
     def unusual_settings(self) -> dict[str, Any]:
         """What replies depend on beside model and prompts, where it is not what it is when nobody says."""
