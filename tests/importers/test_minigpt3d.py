@@ -19,6 +19,7 @@ from pointalign.config import load_recipe
 from pointalign.data.conversations import Collator, ConversationDataset, read_conversations
 from pointalign.errors import CheckpointError, ConfigError
 from pointalign.importers import export, import_checkpoint, import_minigpt3d, load_minigpt3d
+from pointalign.importers.minigpt3d import fuse_query_key_value
 from pointalign.models.pointalign import PointAlignForConditionalGeneration
 from pointalign.models.processing import load_processor
 from pointalign.parts import prepare_parts
@@ -373,6 +374,37 @@ def test_wrong_configurations(tmp_path):
         load(language_model=tmp_path / "llama.json")
     with pytest.raises(ConfigError, match="does not divide into 7 heads"):
         load(point_encoder_heads=7)
+    (tmp_path / "shallow.json").write_text(json.dumps({**values, "num_hidden_layers": values["num_hidden_layers"] - 1}))
+    with pytest.raises(
+        CheckpointError, match=r"has \d+ blocks where its configuration has \d+; give the configuration"
+    ):
+        load(language_model=tmp_path / "shallow.json")
+    (tmp_path / "words.json").write_text(json.dumps({**values, "num_attention_heads": "x"}))
+    with pytest.raises(ConfigError, match=r"words\.json describes no Phi-2: "):
+        load(language_model=tmp_path / "words.json")
+
+
+def test_queries_keys_and_values_that_are_not_alike():
+    def state(**rows: int) -> dict[str, torch.Tensor]:
+        return {f"model.layers.0.self_attn.{letter}_proj.weight": torch.zeros(size, 8) for letter, size in rows.items()}
+
+    assert fuse_query_key_value(state(q=8, k=8, v=8), 4).keys() == {"model.layers.0.self_attn.query_key_value.weight"}
+    with pytest.raises(CheckpointError, match=r"and no model\.layers\.0\.self_attn\.k_proj\.weight; add the file"):
+        fuse_query_key_value(state(q=8, v=8), 4)
+    for rows in ({"q": 8, "k": 4, "v": 8}, {"q": 9, "k": 9, "v": 9}):
+        with pytest.raises(CheckpointError, match="not of one shape that divides into 4 heads"):
+            fuse_query_key_value(state(**rows), 4)
+
+
+@pytest.mark.parametrize("name", ["num_groups", "group_size", "point_encoder_heads", "lora_alpha", "num_points"])
+def test_numbers_that_no_model_has(name, tmp_path):
+    files, options = [str(GOLDEN / "checkpoint.safetensors")], {**PARTS, **SIZES, "tokenizer": str(GOLDEN)}
+    for value in (0, -4):
+        with pytest.raises(ConfigError, match=f"{name} is {value}; give a number that is at least 1"):
+            import_checkpoint("minigpt-3d", files, tmp_path / "out", **{**options, name: value})
+    with pytest.raises(ConfigError, match="num_points is 8, fewer than the groups"):
+        import_checkpoint("minigpt-3d", files, tmp_path / "out", **{**options, "num_points": 8, "num_groups": 9})
+    assert not (tmp_path / "out").exists()
 
 
 def test_import_gives_model_and_processor():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -148,12 +149,13 @@ def assemble(
         dtype: of the model's weights.
 
     Raises:
-        CheckpointError: when a tensor is missing or of the wrong shape.
+        CheckpointError: when a tensor is missing or of the wrong shape, or the language model is deeper than it says.
     """
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in PointAlignForConditionalGeneration(config).state_dict().items()}
     adapted = [name for name in weights.names() if ".lora_" in name]
     known = {name for name in adapted if name.rpartition(".lora_")[0] + ".weight" in shapes} | set(shapes)
+    _check_depth(config, weights)
     weights.leave_over(name for name in weights.names() if name not in known)
     expected = {name for name in shapes if not name.endswith("num_batches_tracked")} | _expected_lora(adapted, shapes)
     missing = check_missing((name for name in expected if name not in weights), allow_missing)
@@ -169,6 +171,16 @@ def assemble(
     # Everything before the language model is frozen in the published recipes; it then stays in evaluation mode.
     model.connector.requires_grad_(False)
     return model.eval(), ImportReport(weights.files, missing)
+
+
+def _check_depth(config: PointAlignConfig, weights: WeightStack) -> None:
+    """Refuse a language model of more blocks than its configuration says: without them it would be another."""
+    text: Any = config.text_config
+    if (blocks := count_layers(weights, "language_model.model.layers.", 0)) > text.num_hidden_layers:
+        raise CheckpointError(
+            f"the language model has {blocks} blocks where its configuration has {text.num_hidden_layers}; give the "
+            "configuration that belongs to these weights"
+        )
 
 
 def _expected_lora(adapted: list[str], shapes: dict[str, torch.Size]) -> set[str]:

@@ -38,10 +38,19 @@ def import_checkpoint(
         What was loaded, missing and left over: `lines()` for people, `summary()` for programs.
 
     Raises:
-        ConfigError: for options that do not belong to the family.
+        ConfigError: for options that do not belong to the family, and numbers that no model has.
         CheckpointError: as `import_minigpt3d` and `import_pointllm`, and when the folder cannot be written or holds
             something else, which is seen before anything is read.
     """
+    for name in ("num_groups", "group_size", "point_encoder_heads", "lora_alpha", "num_points"):
+        if (value := options.get(name, 1)) < 1:
+            raise ConfigError(f"{name} is {value}; give a number that is at least 1")
+    if "num_points" in options and options["num_points"] < max(
+        options.get("num_groups", 1), options.get("group_size", 1)
+    ):
+        raise ConfigError(
+            f"num_points is {options['num_points']}, fewer than the groups or the points of one; give the checkpoint's number"
+        )
     check_place(Path(out), [*sources, *(name for name in (language_model, qformer, tokenizer) if name)])
     if family == "minigpt-3d":
         if language_model is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import Blip2QFormerConfig
 
@@ -89,14 +90,26 @@ def our_name(name: str) -> str | None:
 
 
 def fuse_query_key_value(state: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """Join the q_proj, k_proj and v_proj of Phi-2 as published into query_key_value, laid out (heads, 3, head_dim)."""
+    """Join the q_proj, k_proj and v_proj of Phi-2 as published into query_key_value, laid out (heads, 3, head_dim).
+
+    Raises:
+        CheckpointError: when one of the three is missing, they differ in shape, or they do not divide into the heads.
+    """
     fused = {}
     for name, tensor in state.items():
         if ".q_proj." in name:
-            parts = [
-                state[name.replace(".q_proj.", f".{letter}_proj.")].unflatten(0, (heads, 1, -1)) for letter in "qkv"
-            ]
-            fused[name.replace(".q_proj.", ".query_key_value.")] = torch.cat(parts, dim=1).flatten(0, 2)
+            names = [name.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
+            if absent := [one for one in names if one not in state]:
+                raise CheckpointError(f"the language model holds {name} and no {absent[0]}; add the file that holds it")
+            parts = [state[one] for one in names]
+            if len({part.shape for part in parts}) > 1 or not tensor.ndim or len(tensor) % heads:
+                raise CheckpointError(
+                    f"the language model's {name} and its k_proj and v_proj have shapes "
+                    f"{[tuple(part.shape) for part in parts]}, not of one shape that divides into {heads} heads; give the "
+                    "configuration that belongs to these weights"
+                )
+            joined = torch.cat([part.unflatten(0, (heads, 1, -1)) for part in parts], dim=1)
+            fused[name.replace(".q_proj.", ".query_key_value.")] = joined.flatten(0, 2)
         elif ".k_proj." not in name and ".v_proj." not in name:
             fused[name] = tensor
     return fused
@@ -111,7 +124,7 @@ def read_language_model(source: str, weights: WeightStack) -> PhiVariantConfig:
 
     Raises:
         CheckpointError: when it cannot be read.
-        ConfigError: when it is another language model.
+        ConfigError: when it is another language model, or a setting cannot be.
     """
     folder = None if source.endswith(".json") else find_checkpoint(source)
     values = read_json(Path(source) if folder is None else folder / "config.json")
@@ -128,7 +141,10 @@ def read_language_model(source: str, weights: WeightStack) -> PhiVariantConfig:
         "transformers_version",
         "rope_scaling",
     )
-    config = PhiVariantConfig.from_dict({key: value for key, value in values.items() if key not in dropped})
+    try:
+        config = PhiVariantConfig.from_dict({key: value for key, value in values.items() if key not in dropped})
+    except StrictDataclassError as error:
+        raise ConfigError(f"{source} describes no Phi-2: {' '.join(str(error).split())}; copy it again") from error
     if folder is not None and has_weights(folder):
         state = fuse_query_key_value(read_weights(folder), config.num_attention_heads)
         weights.add(source, state, lambda name: f"language_model.{name}")

@@ -189,8 +189,17 @@ class WeightStack:
         return self._entries[name].tensor
 
     def size(self, name: str, axis: int, default: int) -> int:
-        """Length of a tensor's axis, or the default where there is no such tensor."""
-        return self[name].shape[axis] if name in self else default
+        """Length of a tensor's axis, or the default where there is no such tensor.
+
+        Raises:
+            CheckpointError: when the tensor has no such axis.
+        """
+        if name not in self:
+            return default
+        shape = tuple(self[name].shape)
+        if axis >= len(shape):
+            raise CheckpointError(f"{name} has shape {shape}, which is no matrix; copy its file again")
+        return shape[axis]
 
     def names(self, prefix: str = "") -> list[str]:
         """Names that begin with a prefix, in order of arrival."""

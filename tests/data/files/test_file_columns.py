@@ -260,3 +260,30 @@ def test_thinning_is_uniform_and_keeps_the_order() -> None:
     # 300 draws of 20 in 60: 100 each, with a standard deviation of about 8.
     assert counts.sum() == 6000
     assert 65 < counts.min() <= counts.max() < 135
+
+
+@pytest.mark.parametrize(
+    ("start", "channels"),
+    [
+        ("//X Y Z R G B Intensity\n40\n", "rgbi"),  # as CloudCompare writes both
+        ("40\n//X Y Z R G B Intensity\n", "rgbi"),
+        ("X Y Z R G B Intensity\n40\n", "rgbi"),
+        ("//X Y Z B G R\n40\n", "bgr"),
+        ("X Y Z B G R\n40\n", "bgr"),
+        ("// made by hand on a Monday\n40\n", "rgb"),  # says nothing of columns, however many words it has
+        ("//X Y Z Rf Gf Bf\n", "rgb"),
+    ],
+)
+def test_a_header_and_a_count_of_points(tmp_path: Path, start: str, channels: str) -> None:
+    rng = np.random.default_rng(0)
+    values = {"r": rng.integers(0, 256, 40), "g": rng.integers(0, 256, 40), "b": rng.integers(0, 256, 40)}
+    values["i"] = rng.integers(0, 3000, 40)
+    columns = [rng.random((40, 3)), *(values[name][:, None] for name in channels)]
+    rows = "\n".join(" ".join(f"{number:g}" for number in row) for row in np.concatenate(columns, axis=1))
+    (tmp_path / "a.asc").write_text(start + rows + "\n")
+    cloud = load_point_cloud(tmp_path / "a.asc", n_points=40)
+    assert cloud.colors is not None
+    found = np.sort(cloud.colors, axis=0)
+    np.testing.assert_allclose(
+        found, np.sort(np.stack([values[name] for name in "rgb"], axis=1) / 255, axis=0), atol=1e-6
+    )

@@ -124,7 +124,7 @@ def test_only_replies_that_come_too_late_count_as_such(server: Any, captions_fil
     server.plan = lambda prompt, attempt: (
         "ok" if attempt > 3 or "number 5" not in prompt else ("hang" if attempt == 3 else "429 retry-after=0.02 slow")
     )
-    summary = judge_answers(captions_file, OPEN, judge_for(server, judge_timeout=0.4), tmp_path / "out.json")
+    summary = judge_answers(captions_file, OPEN, judge_for(server, judge_timeout=3), tmp_path / "out.json")
     assert summary["n"] == 12
     assert len(server.prompts) == 13
 
@@ -139,7 +139,7 @@ def test_notes_count_what_they_bound(
     monkeypatch.setattr(endpoint, "SECONDS_BETWEEN_NOTES", -1.0)
     faults = ["429 retry-after=0.02 slow"] * 4 + ["hang"]
     server.plan = lambda prompt, attempt: "ok" if "number 5" not in prompt else [*faults, "ok"][min(attempt, 6) - 1]
-    judge_answers(captions_file, OPEN, judge_for(server, judge_timeout=0.4), tmp_path / "out.json")
+    judge_answers(captions_file, OPEN, judge_for(server, judge_timeout=3), tmp_path / "out.json")
     notes = [line.rpartition(" s ")[2] for line in capsys.readouterr().err.splitlines() if "sent again in" in line]
     assert notes == ["(1 of 6)", "(2 of 6)", "(3 of 6)", "(4 of 6)", "(1 of 2)"]
 

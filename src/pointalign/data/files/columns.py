@@ -21,9 +21,9 @@ OTHER_NAMES = {
     **dict.fromkeys(["px", "pos_x", "x_coord", "x_coordinate"], "x"),
     **dict.fromkeys(["py", "pos_y", "y_coord", "y_coordinate"], "y"),
     **dict.fromkeys(["pz", "pos_z", "z_coord", "z_coordinate"], "z"),
-    **dict.fromkeys(["r", "color_r", "colour_r"], "red"),
-    **dict.fromkeys(["g", "color_g", "colour_g"], "green"),
-    **dict.fromkeys(["b", "color_b", "colour_b"], "blue"),
+    **dict.fromkeys(["r", "rf", "color_r", "colour_r"], "red"),
+    **dict.fromkeys(["g", "gf", "color_g", "colour_g"], "green"),
+    **dict.fromkeys(["b", "bf", "color_b", "colour_b"], "blue"),
     **dict.fromkeys(["i", "gray", "grey", "reflectance", "reflectivity"], "intensity"),
 }
 USED_NAMES = {*XYZ, *RGB, *SPLAT, "intensity"}

@@ -22,7 +22,8 @@ def read_text(source: Source, names: Sequence[str] | None = None) -> Table:
     """Open a cloud that is written as text.
 
     Numbers are separated by commas, semicolons (then a decimal comma is understood), tabs or blanks. The header may be the
-    first line or a comment just before the numbers; a first line that is one whole number counts the points.
+    first line or a comment just before the numbers; a line that is one whole number, before the numbers or between them and
+    the header, counts the points.
 
     Args:
         source: the file.
@@ -32,16 +33,20 @@ def read_text(source: Source, names: Sequence[str] | None = None) -> Table:
         DataError: when there is no line of numbers, or while the rows are read, when one cannot be.
     """
     first, comment = _next_line(source)
-    words, header = _split(first, _delimiter(first)), None
-    counted = len(words) == 1 and words[0].isdigit()
+    words, header = _words(first), None
+    counted = _is_count(words)
     start = 0
     if counted:
         start = source.file.tell()
-        first, _ = _next_line(source)
+        first, below = _next_line(source)
+        header = next((told for told in map(_words, (below, comment)) if _fits(told, first)), None)
     elif not _are_numbers(words):
         header, start = words, source.file.tell()
         first, _ = _next_line(source)
-    elif len(told := _split(comment, _delimiter(comment))) == len(words):
+        if len(words) > 1 and _is_count(_words(first)):
+            start = source.file.tell()
+            first, _ = _next_line(source)
+    elif len(told := _words(comment)) == len(words):
         header = told
     delimiter = _delimiter(first)
     width = len(_split(first, delimiter))
@@ -79,6 +84,19 @@ def _delimiter(line: str) -> str | None:
 
 def _split(line: str, delimiter: str | None) -> list[str]:
     return [word.strip() for word in line.split(delimiter)]
+
+
+def _words(line: str) -> list[str]:
+    return _split(line, _delimiter(line))
+
+
+def _is_count(words: list[str]) -> bool:
+    return len(words) == 1 and words[0].isdigit()
+
+
+def _fits(told: list[str], first: str) -> bool:
+    """Whether a comment around the count names the columns of the first line of numbers, coordinates among them."""
+    return len(told) == len(_words(first)) and set(XYZ) <= {plain_name(name) for name in told}
 
 
 def _are_numbers(words: list[str]) -> bool:
