@@ -131,6 +131,9 @@ def test_the_same_path_in_another_folder_is_another_object(folder: Path, capsys:
     assert told.pop("working_folder") == "a"
     Path("../all.jsonl.settings.json").write_text(json.dumps(told))
     os.chdir("../a")
+    refused = run(capsys, "caption", "x.npy", "--out", "../all.jsonl", "--question", "What?", *SHORT)
+    assert refused[0] == 1
+    assert json.loads(Path("../all.jsonl.settings.json").read_text()) == told, "a refused run writes nothing"
     assert run(capsys, "caption", "x.npy", "--out", "../all.jsonl", *SHORT)[1][0]["earlier"] == 1
     # Paths that are whole and paths that are not may follow each other, also in a folder that a link leads to.
     (folder / "link").symlink_to(folder / "things")

@@ -91,6 +91,11 @@ def remove_unfinished(target: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def writable(text: str) -> str:
+    """A text with a question mark for half a character, which models and JSON can hold, and files and requests cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def lie_in_each_other(one: Path, other: Path) -> bool:
     """Whether writing one of two folders anew would take the other, or a part of it."""
     first, second = one.resolve(), other.resolve()

@@ -124,7 +124,7 @@ class LinesFile:
     def _check_settings(self, settings: dict[str, Any]) -> None:
         is_new = self._file.seek(0, os.SEEK_END) == 0
         if is_new:
-            write_text(self.settings_file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+            self._write_settings(settings)
             return
         try:
             saved = json.loads(self.settings_file.read_text(encoding="utf-8"))
@@ -133,19 +133,21 @@ class LinesFile:
                 f"{self.path} is there already, but {self.settings_file.name}, which says how it was made, is missing or "
                 "broken; name another --out, or delete both"
             ) from error
-        here = settings.get(WORKING_FOLDER)
-        if here is not None and saved.get(WORKING_FOLDER) is None:
-            saved[WORKING_FOLDER] = here
-            write_text(self.settings_file, json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
-        settings = {**settings, WORKING_FOLDER: saved.get(WORKING_FOLDER) if here is None else here}
-        if (start := saved.get(WORKING_FOLDER)) is not None:
-            self._start = os.path.normpath(os.path.join(os.path.realpath(self.path.parent), start))
+        here, there = settings.get(WORKING_FOLDER), saved.get(WORKING_FOLDER)
+        settings, saved = {**settings, WORKING_FOLDER: here or there}, {**saved, WORKING_FOLDER: there or here}
         changed = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
         if changed:
             raise DataError(
                 f"{self.path} holds answers with another {' and '.join(name.replace('_', ' ') for name in changed)}; name "
                 "another --out, or delete it"
             )
+        if there is not None:
+            self._start = os.path.normpath(os.path.join(os.path.realpath(self.path.parent), there))
+        elif here is not None:
+            self._write_settings(saved)
+
+    def _write_settings(self, settings: dict[str, Any]) -> None:
+        write_text(self.settings_file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
 
     def _drop_unfinished_line(self) -> None:
         size = end = self._file.seek(0, os.SEEK_END)

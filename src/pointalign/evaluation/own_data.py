@@ -18,8 +18,8 @@ from pointalign.data.files import load_point_cloud
 from pointalign.data.files.cloud import PointCloud, turned_up
 from pointalign.data.files.source import FORMATS
 from pointalign.errors import DataError
-from pointalign.evaluation.records import writable
 from pointalign.options import AS_THE_FILE_SAYS, Reading
+from pointalign.storage import writable
 
 NUMPY = ".npy"
 LAYOUT = "object_id and label, caption or both"

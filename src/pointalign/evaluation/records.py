@@ -62,11 +62,6 @@ class AnswersFile:
         write_text(Path(path), json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
 
 
-def writable(text: str) -> str:
-    """A text with a question mark for half a character, which models and JSON can hold, and files and requests cannot."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def read_answers(path: str | Path) -> AnswersFile:
     """Read an answers file, ours or a peer's.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pointalign.errors import DataError
+from pointalign.storage import writable
 
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -32,7 +33,7 @@ def check_text(text: object) -> None:
     """
     if not isinstance(text, str):
         raise DataError(f"{text!r} is no text; give a string")
-    if not text.isascii() and (shown := text.encode("utf-8", "replace").decode()) != text:
+    if not text.isascii() and (shown := writable(text)) != text:
         raise DataError(f"{shown!r} is not UTF-8 text; type it anew, or save the file as UTF-8")
 
 

@@ -24,6 +24,8 @@ from pointalign.errors import CheckpointError, ConfigError, MissingDependencyErr
 from pointalign.models.quantization import adopt, quantization_config
 from pointalign.storage import cache_dir, written_folder
 
+COMPILED = "_orig_mod"  # how torch.compile names what it wraps
+
 
 @dataclass(frozen=True)
 class EmbeddedLanguageModel:
@@ -206,9 +208,6 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
     for weight in model.parameters():
         if weight.is_floating_point():
             weight.data = weight.data.to(dtype)
-
-
-COMPILED = "_orig_mod"  # how torch.compile names what it wraps
 
 
 def uncompiled(module: Any) -> Any:

@@ -58,7 +58,7 @@ def read_text(source: Source, names: Sequence[str] | None = None) -> Table:
         raise DataError(f"{source.name} has {width} columns and {len(names)} names were given; name each")
     used = names or header or (COUNTED_COLUMNS.get(width) if counted else None) or [""] * width
     kept = list(range(width))
-    if set(XYZ) <= {plain_name(name) for name in used}:  # else all are named in what is said of it
+    if _hold_coordinates(used):  # else all are named in what is said of it
         kept = [at for at, name in enumerate(used) if is_used(name)]
     source.file.seek(start)
     return Table(tuple(Column(used[at]) for at in kept), read_numbers(source, width, kept, delimiter))
@@ -96,7 +96,11 @@ def _is_count(words: list[str]) -> bool:
 
 def _fits(told: list[str], first: str) -> bool:
     """Whether a comment around the count names the columns of the first line of numbers, coordinates among them."""
-    return len(told) == len(_words(first)) and set(XYZ) <= {plain_name(name) for name in told}
+    return len(told) == len(_words(first)) and _hold_coordinates(told)
+
+
+def _hold_coordinates(names: Sequence[str]) -> bool:
+    return set(XYZ) <= {plain_name(name) for name in names}
 
 
 def _are_numbers(words: list[str]) -> bool:

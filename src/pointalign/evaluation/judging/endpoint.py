@@ -17,9 +17,9 @@ from pointalign.evaluation.judging.faults import Fault, judge_fault
 from pointalign.evaluation.judging.prompted import PromptedJudge
 from pointalign.evaluation.judging.prompts import JudgePrompts
 from pointalign.evaluation.judging.replies import UNPRICED, Prices, Reply
-from pointalign.evaluation.records import writable
 from pointalign.judge_settings import MAX_TOKENS
 from pointalign.progress import say
+from pointalign.storage import writable
 
 OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "none"
@@ -78,7 +78,7 @@ class EndpointJudge(PromptedJudge):
         model = model or os.environ.get("OPENAI_MODEL")
         if not model:
             raise ConfigError("the llm judge needs a model; give --judge-model, or set OPENAI_MODEL")
-        super().__init__(model, prompts, prices)
+        super().__init__(model, prompts, max_tokens, prices)
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
         if not _is_address(self.base_url):
             raise ConfigError(
@@ -87,7 +87,7 @@ class EndpointJudge(PromptedJudge):
         self.api_key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
         if not self.api_key.isascii():
             raise ConfigError("the judge's key holds a character that no key has; copy it again")
-        self.max_tokens, self.extra, self.patience = max_tokens, dict(extra or {}), patience
+        self.extra, self.patience = dict(extra or {}), patience
 
     @property
     def address(self) -> str:
@@ -105,8 +105,7 @@ class EndpointJudge(PromptedJudge):
 
     def unusual_settings(self) -> dict[str, Any]:
         """The longest reply, and what is sent along."""
-        limit = {"max_tokens": self.max_tokens} if self.max_tokens != MAX_TOKENS else {}
-        return {**limit, **({"extra": self.extra} if self.extra else {})}
+        return {**super().unusual_settings(), **({"extra": self.extra} if self.extra else {})}
 
     def request(self, prompt: str) -> dict[str, Any]:
         """All that the reply to a prompt depends on."""

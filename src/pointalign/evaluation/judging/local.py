@@ -51,8 +51,8 @@ class LocalJudge(PromptedJudge):
             raise ConfigError("the hf judge needs a model; give --judge-model NAME, a Hub id or a folder")
         if max_tokens < 1:
             raise ConfigError("the hf judge needs a longest reply; give --judge-max-tokens 1 or more")
-        super().__init__(model, prompts)
-        self.max_tokens, self.batch_size = max_tokens, batch_size
+        super().__init__(model, prompts, max_tokens)
+        self.batch_size = batch_size
         self.precision = "bfloat16" if native_bf16() else "float32"
         self.source = resolve_language_model(model)
         self.weights = folder_fingerprint(Path(self.source)) if Path(self.source).is_dir() else None
@@ -71,8 +71,7 @@ class LocalJudge(PromptedJudge):
 
     def unusual_settings(self) -> dict[str, Any]:
         """The longest reply, and the weights of a folder, of which the name tells the last part alone."""
-        limit = {"max_tokens": self.max_tokens} if self.max_tokens != MAX_TOKENS else {}
-        return {**limit, **({"weights": self.weights} if Path(self.model).is_dir() else {})}
+        return {**super().unusual_settings(), **({"weights": self.weights} if Path(self.model).is_dir() else {})}
 
     @property
     def told_model(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from pointalign.evaluation.judging.prompts import JudgePrompts, read_reply, unasked_verdict
 from pointalign.evaluation.judging.replies import UNPRICED, Prices, Reply, ReplyCache, count_usage
 from pointalign.evaluation.records import Answer, Task, Verdict
+from pointalign.judge_settings import MAX_TOKENS
 
 
 class PromptedJudge:
@@ -20,14 +21,16 @@ class PromptedJudge:
     Args:
         model: its name.
         prompts: one per task.
+        max_tokens: of its longest reply.
         prices: of its tokens.
     """
 
     kind = ""
 
-    def __init__(self, model: str, prompts: JudgePrompts, prices: Prices = UNPRICED) -> None:
+    def __init__(self, model: str, prompts: JudgePrompts, max_tokens: int, prices: Prices = UNPRICED) -> None:
         self.model = model
         self.prompts = prompts
+        self.max_tokens = max_tokens
         self.prices = prices
         self.cache = ReplyCache()
         self.usage: dict[str, Any] = {}
@@ -49,7 +52,7 @@ class PromptedJudge:
 
     def unusual_settings(self) -> dict[str, Any]:
         """What replies depend on beside model and prompts, where it is not what it is when nobody says."""
-        return {}
+        return {"max_tokens": self.max_tokens} if self.max_tokens != MAX_TOKENS else {}
 
     def details(self) -> dict[str, Any]:
         """What a report states of the judge beside its name."""

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from pointalign.errors import ConfigError
 from pointalign.evaluation.judging.label_sets import class_verdict, plain_name, reference_text
-from pointalign.evaluation.records import Answer, Task, TaskKind, Verdict, writable
+from pointalign.evaluation.records import Answer, Task, TaskKind, Verdict
+from pointalign.storage import writable
 
 KINDS: tuple[TaskKind, ...] = typing.get_args(TaskKind)
 REQUIRED = {
